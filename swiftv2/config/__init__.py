@@ -1,0 +1,1 @@
+"""The configuration tree, by wing, and its loading."""

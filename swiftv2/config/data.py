@@ -1,0 +1,89 @@
+"""Configuration of the data: grid, clips, normalisation, splits, loading."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from swiftv2.config.base import Config
+from swiftv2.config.model import Size3
+
+
+class GridConfig(Config):
+    """The one fixed window in world coordinates to which a store brings every run."""
+
+    kind: Literal["mni152", "source"] = "mni152"
+    """mni152: a 192 mm cube that holds the whole MNI152 brain mask; source: the first run's own grid (say its space too)."""
+    voxel_mm: PositiveFloat = 2.0
+    """Voxel edge in mm (mni152 only): 2 gives 96^3, 4 gives 48^3, 6 gives 32^3."""
+    orientation: Literal["RAS", "LAS"] = "RAS"
+    """Order of the voxel axes in the store; LAS is what the published SwiFT v1 weights expect."""
+    space: str | None = None
+    """Template space of all runs, such as MNI152NLin2009cAsym; needed where neither file names nor side-cars tell."""
+    resample: bool = False
+    """Whether runs on another grid (voxel size or sub-voxel offset) are resampled (linear); refused otherwise."""
+    mask: Literal["template", "box"] = "template"
+    """Voxels kept: the template's brain mask (mni152 only), or every voxel of the box."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "source" and self.mask == "template":
+            raise ValueError("grid.mask=template needs grid.kind=mni152; with grid.kind=source say grid.mask=box")
+        return self
+
+
+class ClipConfig(Config):
+    """How clips are cut from runs (spec: starts at range(0, T - duration + 1, max(round(stride_between x duration), 1)))."""
+
+    frames: PositiveInt = 20
+    """Frames of a clip."""
+    stride_within: PositiveInt = 1
+    """Every how many frames of the run one is taken."""
+    stride_between: PositiveFloat = 1.0
+    """Distance between the starts of neighbouring clips, as a multiple of a clip's duration."""
+
+
+class NormalisationConfig(Config):
+    """How BOLD is scaled, on the device, when it is loaded."""
+
+    kind: Literal["none", "minmax", "znorm_zeroback", "znorm_minback", "robust", "per_voxel"] = "znorm_minback"
+    """none: source units; minmax; z-norm over brain voxels with background 0 or at the brain's minimum; robust; per voxel."""
+    scope: Literal["run", "clip"] = "run"
+    """Where the statistics come from: the whole run (kept in the store) or the clip itself."""
+
+
+class SplitConfig(Config):
+    """Which subjects train, validate and test; a subject is in one part only."""
+
+    file: Path | None = None
+    """A text file with the headers train, val and test, one subject id a line; when unset the seed decides."""
+    seed: NonNegativeInt = 0
+    """Seed of the random split."""
+    fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
+    """Shares of subjects for train, val and test of the random split; they sum to 1."""
+
+    @field_validator("fractions")
+    @classmethod
+    def _sum_to_one(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(value) < 0 or abs(sum(value) - 1.0) > 1e-6:
+            raise ValueError(f"fractions {value} must not be negative and must sum to 1")
+        return value
+
+
+class DataConfig(Config):
+    """The store that is read and how."""
+
+    store: Path
+    """Path of the Zarr store."""
+    cohorts: tuple[str, ...] | None = None
+    """Cohorts of the store to use; all when unset."""
+    allow_mixed_tr: bool = False
+    """Whether runs of different repetition times may meet in one training; refused otherwise."""
+    normalisation: NormalisationConfig = NormalisationConfig()
+    """Scaling of the BOLD signal."""
+    split: SplitConfig = SplitConfig()
+    """Subjects for training, validation and test."""
+    threads: PositiveInt = 2
+    """Threads of each rank that read and decode chunks."""
+    prefetch: int = Field(default=2, ge=1, le=64)
+    """Micro-batches that each rank reads ahead."""

@@ -1,0 +1,126 @@
+"""Configuration of the training engine: precision, ZeRO, schedule, steps, saves, evaluation."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from swiftv2.config.base import Config
+
+FloatName = Literal["fp32", "bf16"]
+
+
+class EngineConfig(Config):
+    """Where and how a step is computed; DeepSpeed's own configuration is generated from this."""
+
+    backend: Literal["deepspeed", "plain"] = "deepspeed"
+    """deepspeed: ZeRO; plain: the plain PyTorch reference (one rank, or several with averaged gradients)."""
+    zero_stage: Literal[0, 1, 2] = 2
+    """What ZeRO partitions: 0 nothing, 1 optimizer states, 2 gradients too."""
+    precision: FloatName = "bf16"
+    """bf16: bf16 weights and activations with fp32 master weights; fp32: all in fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    gradient_clipping: NonNegativeFloat = 1.0
+    """Largest norm of the global gradient; 0 turns clipping off."""
+    reduce_bucket_size: PositiveInt = 50_000_000
+    """Elements reduced at a time."""
+    allgather_bucket_size: PositiveInt = 50_000_000
+    """Elements gathered at a time."""
+    overlap_comm: bool = False
+    """Whether reductions overlap the backward pass."""
+    contiguous_gradients: bool = True
+    """Whether gradients are copied into one contiguous buffer."""
+    gradient_accumulation_dtype: FloatName = "fp32"
+    """Number format in which gradients of micro-batches are summed."""
+    communication_dtype: FloatName = "fp32"
+    """Number format in which gradients travel between ranks."""
+    check_grad_overflow: bool = True
+    """Whether a non-finite gradient skips the step instead of entering Adam's state."""
+
+
+class ScheduleConfig(Config):
+    """Learning rate over steps."""
+
+    kind: Literal["cosine", "constant"] = "cosine"
+    """cosine: warm-up, then a cosine to final_ratio; constant: warm-up, a constant rate, then a linear cooldown."""
+    warmup_steps: NonNegativeInt = 100
+    """Steps over which the rate rises linearly from 0."""
+    cooldown_steps: NonNegativeInt = 0
+    """Last steps over which a constant rate falls linearly to final_ratio."""
+    final_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Rate at the end, as a share of the peak."""
+
+
+class TrainConfig(Config):
+    """Steps, batch and what happens every how many steps."""
+
+    max_steps: PositiveInt
+    """Optimizer steps of the whole run."""
+    global_batch: PositiveInt
+    """Clips in one optimizer step, over all ranks and micro-batches."""
+    micro_batch: PositiveInt | None = None
+    """Clips that a rank computes at a time; when unset, all of its share at once."""
+    log_every: PositiveInt = 1
+    """Steps between lines of metrics."""
+    save_every: PositiveInt = 500
+    """Steps between checkpoints."""
+    keep_last: PositiveInt = 2
+    """Checkpoints kept beside the best; older ones are deleted."""
+    evaluate_every: PositiveInt = 500
+    """Steps between evaluations on held-out subjects."""
+
+
+class EvaluateConfig(Config):
+    """Evaluation on held-out subjects."""
+
+    split: Literal["val", "test"] = "val"
+    """Part of the subjects that is evaluated."""
+    max_clips: PositiveInt | None = None
+    """Clips evaluated at most, spread evenly over subjects; all when unset."""
+    batch: PositiveInt = 4
+    """Clips that a rank evaluates at a time."""
+    draw_subjects: bool = False
+    """Whether pictures may show real subjects; generated data are always drawn."""
+
+
+class RunConfig(Config):
+    """The run directory and the seed."""
+
+    dir: Path
+    """Folder that holds everything the run leaves; an existing one is resumed."""
+    seed: NonNegativeInt = 0
+    """Seed of every draw."""
+    init_from: Path | None = None
+    """Exported weights (a folder with weights.safetensors) from which a new run starts; never mixed with resuming."""
+
+
+def split_batch(global_batch: int, world_size: int, micro_batch: int | None) -> tuple[int, int]:
+    """Micro-batch and accumulation steps of a rank for a global batch.
+
+    Args:
+        global_batch: clips in one optimizer step.
+        world_size: number of ranks.
+        micro_batch: clips a rank computes at a time; None takes the rank's whole share.
+
+    Returns:
+        (micro_batch, accumulation) with world_size x micro_batch x accumulation == global_batch.
+
+    Raises:
+        ValueError: the split is impossible; the message names those that work.
+    """
+    if global_batch % world_size:
+        fitting = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
+        raise ValueError(
+            f"train.global_batch={global_batch} cannot be split over {world_size} ranks; "
+            f"world sizes that work: {', '.join(map(str, fitting))}"
+        )
+    share = global_batch // world_size
+    micro = share if micro_batch is None else micro_batch
+    if share % micro:
+        fitting = [n for n in range(1, share + 1) if share % n == 0]
+        raise ValueError(
+            f"train.micro_batch={micro} does not divide the {share} clips of each of {world_size} ranks "
+            f"(train.global_batch={global_batch}); micro-batches that work: {', '.join(map(str, fitting))}"
+        )
+    return micro, share // micro

@@ -1,0 +1,52 @@
+"""The whole configuration of a pretraining run."""
+
+from typing import Self
+
+from pydantic import model_validator
+
+from swiftv2.config.base import Config
+from swiftv2.config.data import ClipConfig, DataConfig
+from swiftv2.config.engine import EngineConfig, EvaluateConfig, RunConfig, ScheduleConfig, TrainConfig
+from swiftv2.config.model import LossConfig, MaskConfig, ModelConfig, OptimizerConfig
+
+
+class PretrainConfig(Config):
+    """Everything that a SimMIM pretraining run is made from."""
+
+    run: RunConfig
+    """The run directory and the seed."""
+    data: DataConfig
+    """The store and how it is read."""
+    clip: ClipConfig = ClipConfig()
+    """How clips are cut from runs."""
+    model: ModelConfig
+    """The encoder and the decoder; in a file, the name of a preset of configs/model or a mapping with `preset:`."""
+    mask: MaskConfig = MaskConfig()
+    """What is hidden."""
+    loss: LossConfig = LossConfig()
+    """How the reconstruction is judged."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Learning rate over steps."""
+    engine: EngineConfig = EngineConfig()
+    """Precision, ZeRO, communication."""
+    train: TrainConfig
+    """Steps, batch, saves."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Held-out subjects."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        patch, cell = self.model.patch_size, self.mask.patch_size
+        if any(c % p for c, p in zip(cell, patch, strict=True)):
+            raise ValueError(f"mask.patch_size={cell} must be a multiple of model.patch_size={patch} on every axis")
+        padded = tuple(-(-n // p) * p for n, p in zip((*self.model.image_size, self.clip.frames), patch, strict=True))
+        if any(n % c for n, c in zip(padded, cell, strict=True)):
+            raise ValueError(f"mask.patch_size={cell} must divide the padded clip {padded} on every axis")
+        if self.clip.frames > self.model.frames:
+            raise ValueError(
+                f"clip.frames={self.clip.frames} is longer than model.frames={self.model.frames}, "
+                "for which the time tables are made: raise model.frames"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""The data wing: from NIfTI files to batches of packed brain voxels."""

@@ -1,0 +1,1 @@
+"""The engine wing: ranks, steps, checkpoints and what watches over them."""

@@ -1,0 +1,13 @@
+"""Errors that a user can act on: one line that says what is wrong, where, and what to do."""
+
+
+class SwiftError(Exception):
+    """Something failed that the user can mend; the command line prints it as one line and exits with 1."""
+
+    exit_status = 1
+
+
+class UsageError(SwiftError):
+    """The command or its configuration is wrong; the command line exits with 2."""
+
+    exit_status = 2

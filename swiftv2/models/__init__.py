@@ -1,0 +1,1 @@
+"""The model wing: Swin4D, SimMIM and their geometry; it knows no files."""
