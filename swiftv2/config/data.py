@@ -6,7 +6,6 @@ from typing import Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from swiftv2.config.base import Config
-from swiftv2.config.model import Size3
 
 
 class GridConfig(Config):

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from swiftv2.config.base import Config
+from swiftv2.errors import UsageError
 
 FloatName = Literal["fp32", "bf16"]
 
@@ -107,11 +108,11 @@ def split_batch(global_batch: int, world_size: int, micro_batch: int | None) -> 
         (micro_batch, accumulation) with world_size x micro_batch x accumulation == global_batch.
 
     Raises:
-        ValueError: the split is impossible; the message names those that work.
+        UsageError: the split is impossible; the message names those that work.
     """
     if global_batch % world_size:
         fitting = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
-        raise ValueError(
+        raise UsageError(
             f"train.global_batch={global_batch} cannot be split over {world_size} ranks; "
             f"world sizes that work: {', '.join(map(str, fitting))}"
         )
@@ -119,7 +120,7 @@ def split_batch(global_batch: int, world_size: int, micro_batch: int | None) -> 
     micro = share if micro_batch is None else micro_batch
     if share % micro:
         fitting = [n for n in range(1, share + 1) if share % n == 0]
-        raise ValueError(
+        raise UsageError(
             f"train.micro_batch={micro} does not divide the {share} clips of each of {world_size} ranks "
             f"(train.global_batch={global_batch}); micro-batches that work: {', '.join(map(str, fitting))}"
         )

@@ -74,12 +74,15 @@ def load(cls: type[T], path: Path, overrides: Iterable[str] = ()) -> T:
         path: a YAML file; a `model:` entry may be the name of a preset, or a mapping with `preset:`.
         overrides: `section.key=value` words; the value is YAML.
 
+    Returns:
+        The checked configuration.
+
     Raises:
         UsageError: anything is unknown, missing or out of range; one line that names file and key.
     """
     tree = read_yaml(path)
     for word in overrides:
-        _override(tree, word)
+        override(tree, word)
     if "model" in tree:
         tree["model"] = _expand_model(tree["model"])
     return build(cls, tree, where=str(path))
@@ -121,7 +124,12 @@ def _expand_model(value: Any) -> Any:
     return value
 
 
-def _override(tree: Tree, word: str) -> None:
+def override(tree: Tree, word: str) -> None:
+    """Set one value of a tree of plain values from a `section.key=value` word; the value is YAML.
+
+    Raises:
+        UsageError: the word has no key, its value is not YAML, or a section on the way is a value.
+    """
     key, equals, text = word.partition("=")
     if not equals or not key or not all(key.split(".")):
         raise UsageError(f"override {word!r}: write it as section.key=value")

@@ -1,0 +1,53 @@
+"""Packaging of swiftv2; pinned versions for CI and the README's commands are in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+root = Path(__file__).parent
+presets: dict[str, list[str]] = {}
+for path in sorted((root / "configs").rglob("*.yaml")):
+    folder = f"share/swiftv2/{path.parent.relative_to(root).as_posix()}"
+    presets.setdefault(folder, []).append(path.relative_to(root).as_posix())
+
+setup(
+    name="swiftv2",
+    version="0.1.0",
+    description="Pretraining of 4-D fMRI foundation models (SimMIM on Swin4D) from a laptop to many nodes",
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["swiftv2", "swiftv2.*"]),
+    package_data={"swiftv2": ["py.typed"]},
+    data_files=sorted(presets.items()),
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.16",
+        "zarr>=3.1",
+        "numpy>=2.0",
+        "scipy>=1.12",
+        "nibabel>=5.3",
+        "nilearn>=0.11",
+        "safetensors>=0.4",
+        "pydantic>=2.8",
+        "pyyaml>=6.0",
+        "rich>=13.7",
+        "matplotlib>=3.8",
+        "mpi4py>=4.0",
+    ],
+    extras_require={
+        "mpi": ["mpich>=4.2"],
+        "dev": [
+            "hypothesis>=6.100",
+            "mpich>=4.2",
+            "mypy>=1.13",
+            "nitime>=0.11",
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "ruff>=0.8",
+            "types-PyYAML>=6.0",
+        ],
+    },
+    entry_points={"console_scripts": ["swiftv2=swiftv2.cli:main"]},
+)

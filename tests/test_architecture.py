@@ -1,0 +1,72 @@
+"""The walls of the house: which part of the package may import which, and how long the loop may be."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import swiftv2
+
+PACKAGE = Path(swiftv2.__file__).parent
+WINGS = {"data", "models", "engine"}
+ALLOWED = {
+    "errors": set[str](),
+    "config": {"errors"},
+    "data": {"errors", "config"},
+    "models": {"errors", "config"},
+    "engine": {"errors", "config"},
+    "weights": {"errors", "config", "models"},
+    "plan": {"errors", "config", "models"},
+    "report": {"errors", "config"},
+    "recipes": {"errors", "config", "weights", "plan", "report"} | WINGS,
+    "cli": {"errors", "config", "weights", "plan", "recipes", "report", "data", "engine"},
+    "__main__": {"cli"},
+}
+
+
+def _part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imported_parts(path: Path) -> set[str]:
+    parts = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "swiftv2" else [node.module or ""]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        parts |= {name.split(".")[1] for name in names if name.startswith("swiftv2.")}
+    return parts - {"__version__"}
+
+
+SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_follow_the_flow(path: Path) -> None:
+    part = _part(path)
+    assert part in ALLOWED, f"{part} has no place on the map: add it to docs/architecture.md and here"
+    against = _imported_parts(path) - ALLOWED[part] - {part}
+    assert not against, f"{path.relative_to(PACKAGE)} imports {sorted(against)} against the flow"
+
+
+def test_the_wings_stand_side_by_side() -> None:
+    for wing in WINGS:
+        assert not ALLOWED[wing] & WINGS
+
+
+def test_the_loop_reads_in_one_sitting() -> None:
+    assert len((PACKAGE / "engine" / "loop.py").read_text(encoding="utf-8").splitlines()) <= 350
+
+
+def test_the_command_line_starts_without_the_heavy_libraries() -> None:
+    """`swiftv2 --help` must answer at once: torch, DeepSpeed and MPI are imported where they are used."""
+    tree = ast.parse((PACKAGE / "cli.py").read_text(encoding="utf-8"))
+    top = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    names = {a.name for n in top if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module or "" for n in top if isinstance(n, ast.ImportFrom)}
+    assert not {n for n in names if n.split(".")[0] in {"torch", "deepspeed", "mpi4py"}}
+    assert not {n for n in names if n.startswith(("swiftv2.models", "swiftv2.engine", "swiftv2.recipes", "swiftv2.weights"))}
