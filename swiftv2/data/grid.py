@@ -19,6 +19,9 @@ TOLERANCE_VOXELS = 0.01
 SLACK_MM = 5.0
 """Room between the centred cube and the brain mask, along the axis where it is smallest."""
 
+# nibabel's functions for axes carry no annotations.
+orientations: Any = nib.orientations
+
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -60,7 +63,7 @@ class Grid:
 
     def world(self, voxels: npt.NDArray[np.integer]) -> FloatArray:
         """World coordinates (V, 3) in mm (R, A, S) of the centres of flat C-order voxel numbers (V,)."""
-        return np.asarray(nib.affines.apply_affine(self.matrix, self.indices(voxels)), dtype=np.float64)
+        return _apply(self.matrix, self.indices(voxels).astype(np.float64))
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers and lists, as the store's attributes hold them."""
@@ -88,6 +91,11 @@ class Grid:
         )
 
 
+def _apply(affine: FloatArray, points: FloatArray) -> FloatArray:
+    """Points (N, 3) through a (4, 4) affine."""
+    return points @ affine[:3, :3].T + affine[:3, 3]
+
+
 def _lattice_phase(space: str, voxel_mm: float) -> float:
     """World coordinate, modulo voxel_mm, of the lower edges of the template's voxels.
 
@@ -109,7 +117,9 @@ def mni152_grid(voxel_mm: float, orientation: str, space: str) -> Grid:
         UsageError: the space is not an MNI152 one, or the voxel edge does not divide the cube or is too coarse.
     """
     if not space.startswith("MNI152"):
-        raise UsageError(f"grid.kind=mni152 cannot hold the space '{space}': name an MNI152 space or say grid.kind=source")
+        raise UsageError(
+            f"grid.kind=mni152 cannot hold the space '{space}': name an MNI152 space or say grid.kind=source"
+        )
     count = round(CUBE_MM / voxel_mm)
     if abs(count * voxel_mm - CUBE_MM) > 1e-6 or voxel_mm > 2 * SLACK_MM:
         raise UsageError(f"grid.voxel_mm={voxel_mm:g} does not divide the 192 mm cube: 1, 1.5, 1.6, 2, 2.4, 3, 4, 6 do")
@@ -126,13 +136,13 @@ def source_grid(shape: tuple[int, int, int], affine: FloatArray, orientation: st
 
 
 def _oriented(kind: str, shape: tuple[int, int, int], affine: FloatArray, orientation: str, space: str) -> Grid:
-    have = nib.orientations.io_orientation(affine)
-    want = nib.orientations.axcodes2ornt(tuple(orientation))
-    transform = nib.orientations.ornt_transform(have, want)
-    turned = affine @ nib.orientations.inv_ornt_aff(transform, shape)
+    have = orientations.io_orientation(affine)
+    want = orientations.axcodes2ornt(tuple(orientation))
+    transform = orientations.ornt_transform(have, want)
+    turned = affine @ orientations.inv_ornt_aff(transform, shape)
     axes = np.argsort(transform[:, 0])
     new_shape = tuple(int(shape[axis]) for axis in axes)
-    edges = nib.affines.voxel_sizes(turned)
+    edges = np.sqrt((turned[:3, :3] ** 2).sum(axis=0))
     return Grid(
         kind=kind,
         shape=(new_shape[0], new_shape[1], new_shape[2]),
@@ -154,7 +164,7 @@ def template_voxels(grid: Grid) -> npt.NDArray[np.int32]:
     image = load_mni152_brain_mask(resolution=1)
     mask = np.asarray(image.dataobj) > 0
     everything = np.arange(grid.size, dtype=np.int64)
-    there = nib.affines.apply_affine(np.linalg.inv(image.affine), grid.world(everything))
+    there = _apply(np.linalg.inv(np.asarray(image.affine)), grid.world(everything))
     share = ndimage.map_coordinates(mask.astype(np.float32), there.T, order=1, mode="constant", cval=0.0)
     kept = (share >= 0.5).reshape(grid.shape)
     faces = [kept.take(end, axis=axis).any() for axis in range(3) for end in (0, -1)]
@@ -212,10 +222,12 @@ def place(grid: Grid, voxels: npt.NDArray[np.integer], shape: tuple[int, int, in
     shift = np.rint(wanted - turn @ middle)
     corners = np.asarray(list(np.ndindex(2, 2, 2))) * (np.asarray(grid.shape) - 1)
     drift = corners @ (mapping[:3, :3] - turn).T + (mapping[:3, 3] - shift)
-    permutes = bool(np.array_equal(np.abs(turn).sum(axis=0), np.ones(3)) and abs(round(float(np.linalg.det(turn)))) == 1)
+    permutes = bool(
+        np.array_equal(np.abs(turn).sum(axis=0), np.ones(3)) and abs(round(float(np.linalg.det(turn)))) == 1
+    )
     exact = permutes and float(np.abs(drift).max()) <= TOLERANCE_VOXELS
     index = grid.indices(voxels).astype(np.float64)
-    coordinates = index @ turn.T + shift if exact else index @ mapping[:3, :3].T + mapping[:3, 3]
+    coordinates = index @ turn.T + shift if exact else _apply(mapping, index)
     extent = np.asarray(shape, dtype=np.float64)
     # A voxel belongs to the field of view up to its faces, half an index beyond its centre.
     inside = np.all((coordinates >= -0.5) & (coordinates <= extent - 0.5), axis=1)

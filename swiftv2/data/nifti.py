@@ -1,0 +1,227 @@
+"""Reading NIfTI as it lies on disk: stored numbers and their scale, where the voxels are, how long a volume took."""
+
+import hashlib
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from swiftv2.data.grid import FloatArray, Placement, orientations
+from swiftv2.errors import SwiftError
+
+TR_RANGE_S = (0.05, 20.0)
+_SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
+_UNSET_TR_S = (0.0, 1.0)
+"""Values that tools write into the header where they do not know the repetition time."""
+_TR_TOLERANCE_S = 0.005
+_BLOCK_BYTES = 1 << 22
+
+
+class RefusedError(SwiftError):
+    """One run cannot be taken; the message is the reason and names neither file nor subject."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a 4-D NIfTI file says of itself.
+
+    Attributes:
+        shape: voxels along the file's three axes.
+        frames: volumes.
+        dtype: numbers as stored, native byte order.
+        slope, intercept: value = stored x slope + intercept.
+        affine: (4, 4) float64, voxel index to world mm (R, A, S).
+        orientation: direction in which the file's indices grow, such as LAS.
+        tr: repetition time in seconds that the header states; None where it states none.
+    """
+
+    shape: tuple[int, int, int]
+    frames: int
+    dtype: np.dtype[Any]
+    slope: float
+    intercept: float
+    affine: FloatArray
+    orientation: str
+    tr: float | None
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RefusedError:
+        raise
+    except FileNotFoundError as error:
+        raise RefusedError(f"{what} is missing") from error
+    except (EOFError, zlib.error, OSError, ValueError, KeyError, nib.filebasedimages.ImageFileError) as error:
+        raise RefusedError(f"{what} is truncated or damaged ({type(error).__name__})") from error
+
+
+def _load(path: Path, what: str) -> Any:
+    with _refusing(what):
+        image = nib.load(path)
+        if not isinstance(image, nib.Nifti1Image):
+            raise RefusedError(f"{what} is not a single NIfTI file")
+        return image
+
+
+def _checked_affine(image: Any) -> FloatArray:
+    header = image.header
+    codes = int(header["sform_code"]), int(header["qform_code"])
+    if codes == (0, 0):
+        raise RefusedError(
+            "no orientation: sform_code and qform_code are both 0; set them where left and right are known"
+        )
+    affine = np.asarray(image.affine, dtype=np.float64)
+    if not np.isfinite(affine).all() or abs(float(np.linalg.det(affine[:3, :3]))) < 1e-6:
+        raise RefusedError("the affine is singular or not finite")
+    if all(codes):
+        with _refusing("the header's qform"):
+            handed = np.linalg.det(header.get_qform()[:3, :3])
+        if handed * np.linalg.det(affine[:3, :3]) < 0:
+            raise RefusedError("sform and qform disagree on left and right")
+    return affine
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a BOLD file.
+
+    Raises:
+        RefusedError: unreadable, not 4-D, one frame, an unusable number type, no orientation.
+    """
+    image = _load(path, "the file")
+    shape = tuple(int(n) for n in image.shape)
+    if len(shape) != 4:
+        raise RefusedError(f"{len(shape)}-D, not 4-D")
+    if shape[3] < 2:
+        raise RefusedError("one frame only")
+    if min(shape) < 1:
+        raise RefusedError(f"an empty axis: shape {shape}")
+    with _refusing("the header's number type"):
+        dtype = image.header.get_data_dtype()
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:
+        raise RefusedError(f"number type {dtype} is not supported")
+    affine = _checked_affine(image)
+    return Header(
+        shape=(shape[0], shape[1], shape[2]),
+        frames=shape[3],
+        dtype=dtype.newbyteorder("="),
+        slope=float(image.dataobj.slope),
+        intercept=float(image.dataobj.inter),
+        affine=affine,
+        orientation="".join(orientations.aff2axcodes(affine)),
+        tr=_header_tr(image.header),
+    )
+
+
+def _header_tr(header: Any) -> float | None:
+    unit = _SECONDS.get(header.get_xyzt_units()[1])
+    tr = float(header["pixdim"][4])
+    return None if unit is None or not np.isfinite(tr) or tr <= 0 else round(tr * unit, 6)
+
+
+def repetition_time(stated: float | None, header: Header, expected: float | None = None) -> float:
+    """The repetition time in seconds: what a side-car or label table states, else what the header states.
+
+    Args:
+        stated: from the side-car or the label table.
+        header: the file's header.
+        expected: what the user says that all runs have.
+
+    Raises:
+        RefusedError: missing, implausible, contradictory, or not what is expected.
+    """
+    tr = header.tr if stated is None else stated
+    if tr is None:
+        raise RefusedError("TR missing: no RepetitionTime in a side-car, no tr in the label table, no timed pixdim[4]")
+    if not TR_RANGE_S[0] <= tr <= TR_RANGE_S[1]:
+        raise RefusedError(f"TR {tr:g} s is implausible (0.05 to 20 s)")
+    known = header.tr is not None and header.tr not in _UNSET_TR_S
+    if known and header.tr is not None and abs(header.tr - tr) > _TR_TOLERANCE_S:
+        raise RefusedError(f"TR {tr:g} s beside the file, {header.tr:g} s in its header")
+    if expected is not None and abs(tr - expected) > _TR_TOLERANCE_S:
+        raise RefusedError(f"TR {tr:g} s where {expected:g} s is expected")
+    return tr
+
+
+def _frames(path: Path, count: int) -> Iterator[npt.NDArray[Any]]:
+    """Volumes one after another, flat, first axis fastest, as stored; reading on to the end proves gzip's checksum."""
+    image = _load(path, "the file")
+    header = image.header
+    dtype = header.get_data_dtype()
+    voxels = int(np.prod(image.shape[:3]))
+    with _refusing("the file"), nib.openers.ImageOpener(str(path)) as stream:
+        stream.seek(image.dataobj.offset)
+        for _ in range(count):
+            data = stream.read(voxels * dtype.itemsize)
+            if len(data) != voxels * dtype.itemsize:
+                raise RefusedError("the file is truncated: fewer volumes than its header states")
+            yield np.frombuffer(data, dtype=dtype).astype(dtype.newbyteorder("="), copy=False)
+        while stream.read(_BLOCK_BYTES):
+            pass
+
+
+def background_number(dtype: np.dtype[Any], slope: float, intercept: float) -> float:
+    """The stored number nearest to the value 0: what stands where a file's field of view does not reach."""
+    nearest = -intercept / slope
+    if dtype.kind == "f":
+        return nearest
+    limits = np.iinfo(dtype)
+    return float(np.clip(np.rint(nearest), limits.min, limits.max))
+
+
+def read_bold(path: Path, header: Header, placement: Placement) -> npt.NDArray[Any]:
+    """Stored numbers (frames, V) of the kept voxels, or interpolated float32 values where the grids differ.
+
+    Memory: the result and one volume.
+
+    Raises:
+        RefusedError: truncated or damaged.
+    """
+    if not placement.exact:
+        return _read_resampled(path, header, placement)
+    bold = np.empty((header.frames, len(placement.flat)), dtype=header.dtype)
+    for number, volume in enumerate(_frames(path, header.frames)):
+        np.take(volume, placement.flat, out=bold[number])
+    if not placement.inside.all():
+        bold[:, ~placement.inside] = background_number(header.dtype, header.slope, header.intercept)
+    return bold
+
+
+def _read_resampled(path: Path, header: Header, placement: Placement) -> npt.NDArray[np.float32]:
+    bold = np.empty((header.frames, len(placement.flat)), dtype=np.float32)
+    for number, volume in enumerate(_frames(path, header.frames)):
+        values = volume.reshape(header.shape, order="F").astype(np.float64) * header.slope + header.intercept
+        ndimage.map_coordinates(values, placement.coordinates.T, output=bold[number], order=1, mode="nearest")
+    bold[:, ~placement.inside] = 0.0
+    return bold
+
+
+def read_mask(path: Path, header: Header, placement: Placement) -> npt.NDArray[np.bool_]:
+    """Brain mask (V,) at the kept voxels, from a 3-D file on the grid of the BOLD file.
+
+    Raises:
+        RefusedError: unreadable, or on another grid than the BOLD file.
+    """
+    image = _load(path, "the brain mask")
+    shape = tuple(image.shape[:3])
+    if int(np.prod(image.shape)) != int(np.prod(header.shape)) or shape != header.shape:
+        raise RefusedError("the brain mask has another shape than the BOLD file")
+    if np.abs(np.asarray(image.affine) - header.affine).max() > 1e-2:
+        raise RefusedError("the brain mask has another affine than the BOLD file")
+    with _refusing("the brain mask"):
+        volume = np.asarray(image.dataobj).reshape(header.shape)
+    return np.asarray((volume.ravel(order="F") > 0)[placement.flat] & placement.inside, dtype=np.bool_)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
