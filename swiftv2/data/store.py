@@ -1,0 +1,272 @@
+"""Reading a store: which runs it holds, and their frames as packed source numbers."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.storage import LocalStore
+
+from swiftv2.data import layout
+from swiftv2.data.grid import Grid
+from swiftv2.data.keys import subject_key
+from swiftv2.errors import SwiftError
+
+_READ_FAILURES = (ValueError, RuntimeError, OSError, KeyError, TypeError, IndexError)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a store: a line of runs.jsonl.
+
+    Attributes:
+        key, subject: pseudonymous keys of the run and of its subject.
+        cohort, session, task, run: what tells the run apart; empty where the source names none.
+        row: the run's row in every array of the store.
+        dtype: number type, and so the bold array that holds it.
+        slope, intercept: value in source units = stored x slope + intercept.
+        frames: volumes.
+        tr: repetition time in seconds.
+        space: template space.
+        statistics: mean, std, min, max, median, iqr over brain voxels and frames, in source units.
+        brain_voxels: brain voxels among the kept ones.
+        brain_rule: `mask` (the desc-brain_mask file) or `nonzero` (a voxel that is not 0 at some time).
+        coverage: share of the kept voxels that the file's field of view holds.
+        values: `exact`, `scaled` (to 16 bits) or `float32`.
+        max_error: largest |stored - source| in source units that the number type cost.
+        resampled: whether the voxels were interpolated onto the grid.
+        cleaned: whether the voxels' means are about zero, as cleaned data have them.
+        confounds: whether per-frame confounds are stored.
+        source_orientation, source_shape, source_affine, source_sha256: of the BOLD file.
+        bytes: on disk, of the bold shards.
+        withdrawn: whether consent was withdrawn: the row is kept, its data are not.
+    """
+
+    key: str
+    subject: str
+    cohort: str
+    session: str
+    task: str
+    run: str
+    row: int
+    dtype: str
+    slope: float
+    intercept: float
+    frames: int
+    tr: float
+    space: str
+    statistics: tuple[float, ...]
+    brain_voxels: int
+    brain_rule: str
+    coverage: float
+    values: str
+    max_error: float
+    resampled: bool
+    cleaned: bool
+    confounds: bool
+    source_orientation: str
+    source_shape: tuple[int, ...]
+    source_affine: tuple[tuple[float, ...], ...]
+    source_sha256: str
+    bytes: int
+    withdrawn: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as runs.jsonl holds them."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        known = {field.name: value[field.name] for field in fields(cls) if field.name in value}
+        known["statistics"] = tuple(float(x) for x in known["statistics"])
+        known["source_shape"] = tuple(int(n) for n in known["source_shape"])
+        known["source_affine"] = tuple(tuple(float(x) for x in row) for row in known["source_affine"])
+        return cls(**known)
+
+
+class Store:
+    """A store that is open for reading; its methods may be called from several threads, never in a forked child.
+
+    Attributes:
+        path: the folder.
+        grid: the window that all runs share.
+        voxels: (V,) int64, flat C-order voxel numbers in the grid, ascending.
+        runs: all runs, in the order of their rows.
+        version: counts the changes of the store, from 1.
+        fingerprint: hex digest of the run index: equal for equal content.
+        generated: whether the data are swiftv2's own generated cohort.
+        attributes: all attributes of the store.
+    """
+
+    def __init__(self, path: Path, attributes: dict[str, Any], runs: tuple[Run, ...], arrays: dict[str, Any]) -> None:
+        """Use `Store.open`."""
+        self.path = path
+        self.attributes = attributes
+        self.grid = Grid.from_json(attributes["grid"])
+        self.runs = runs
+        self.version = int(attributes["version"])
+        self.fingerprint = str(attributes["runs_sha256"])
+        self.generated = bool(attributes["generated"])
+        self._arrays = arrays
+        self._pid = os.getpid()
+        self.voxels: npt.NDArray[np.int64] = self._read("voxels", slice(None), "its voxels").astype(np.int64)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open a store, wherever it lies.
+
+        Raises:
+            SwiftError: no store, an unfinished one, another format, or a damaged index.
+        """
+        folder = Path(path)
+        attributes = layout.read_attributes(folder)
+        runs = _read_runs(folder, str(attributes["runs_sha256"]))
+        names = ["voxels", *(small.name for small in layout.SMALL_ARRAYS)]
+        names += [f"bold/{dtype}" for dtype in sorted({run.dtype for run in runs})]
+        arrays = {}
+        for name in names:
+            try:
+                arrays[name] = zarr.open_array(LocalStore(folder / name, read_only=True), mode="r")
+            except _READ_FAILURES as error:
+                raise SwiftError(
+                    f"store {folder}: array {name} is missing or damaged: restore it from a copy"
+                ) from error
+        return cls(folder, attributes, runs, arrays)
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return type(self).open, (str(self.path),)
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    @property
+    def subject_keys(self) -> tuple[str, ...]:
+        """Pseudonymous keys of all subjects, sorted."""
+        return tuple(sorted({run.subject for run in self.runs}))
+
+    @property
+    def cohorts(self) -> tuple[str, ...]:
+        """Names of the cohorts, sorted."""
+        return tuple(sorted({run.cohort for run in self.runs}))
+
+    def read_bold(self, run_index: int, start: int, frames: int, stride: int = 1) -> npt.NDArray[Any]:
+        """Frames start, start + stride, ... of a run as stored numbers, (frames, V), in the run's number type.
+
+        Raises:
+            SwiftError: beyond the run's end, a withdrawn run, or bytes that fail their checksum.
+        """
+        run = self.runs[run_index]
+        stop = start + (frames - 1) * stride + 1
+        what = f"run {run.key}, frames {start} to {stop - 1}"
+        if start < 0 or frames < 1 or stride < 1 or stop > run.frames:
+            raise SwiftError(
+                f"store {self.path}: {what} asked for, but the run has {run.frames}: rebuild the clip index"
+            )
+        if run.withdrawn:
+            raise SwiftError(f"store {self.path}: run {run.key} was withdrawn: exclude it")
+        bold = self._read(f"bold/{run.dtype}", (run.row, slice(start, stop, stride)), what)
+        # Zarr reads an absent file as zeros, so frames without any number raise the question whether it is there.
+        if not bold.any(axis=1).all() and not self._has_shards(run, start, stop):
+            raise SwiftError(
+                f"store {self.path}: {what}: the shard file is missing; restore it or build the store again"
+            )
+        return bold
+
+    def brain(self, run_index: int) -> npt.NDArray[np.bool_]:
+        """The run's brain among the kept voxels, (V,) bool."""
+        return self._row("brain", run_index)
+
+    def voxel_mean(self, run_index: int) -> npt.NDArray[np.float32]:
+        """Mean of each voxel over the run in source units, (V,) float32; 0 outside the brain."""
+        return self._row("voxel_mean", run_index)
+
+    def voxel_std(self, run_index: int) -> npt.NDArray[np.float32]:
+        """Population standard deviation of each voxel over the run in source units, (V,) float32; 0 outside the brain."""
+        return self._row("voxel_std", run_index)
+
+    def frame_values(self, name: str, run_index: int) -> npt.NDArray[Any] | None:
+        """`framewise_displacement` (mm), `censored` or `non_steady_state` (0, 1) of a run, (frames,); None if not known."""
+        run = self.runs[run_index]
+        return self._row(name, run_index)[: run.frames] if run.confounds else None
+
+    def labels(self) -> tuple[dict[str, str | None], ...]:
+        """Columns of the label table for each run, joined on the keys that the table has; read from the file of ids."""
+        content = self._subjects()
+        rows = sorted(content["labels"], key=lambda row: sum(bool(row[name]) for name in ("session", "task", "run")))
+        by_subject: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            by_subject.setdefault(row["subject"], []).append(row)
+        joined = []
+        for run in self.runs:
+            values: dict[str, str | None] = {}
+            for row in by_subject.get(run.subject, []):
+                if all(row[name] in ("", getattr(run, name)) for name in ("session", "task", "run")):
+                    values.update(row["values"])
+            joined.append(values)
+        return tuple(joined)
+
+    def subject_ids(self) -> dict[str, str]:
+        """Pseudonymous key by every name that a split file may use: id, sub-id, cohort/id (an id of one cohort only)."""
+        subjects = self._subjects()["subjects"]
+        names: dict[str, str] = {}
+        for key, subject in subjects.items():
+            names[f"{subject['cohort']}/{subject['id']}"] = key
+        plain = Counter(subject["id"] for subject in subjects.values())
+        for key, subject in subjects.items():
+            if plain[subject["id"]] == 1:
+                names[subject["id"]] = names[f"sub-{subject['id']}"] = key
+        return names
+
+    def subject_key(self, cohort: str, subject: str) -> str:
+        """Pseudonymous key of a subject id; the subject need not be in the store."""
+        return subject_key(str(self._subjects()["salt"]), cohort, subject)
+
+    def _subjects(self) -> dict[str, Any]:
+        path = self.path / layout.SUBJECTS_FILE
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SwiftError(
+                f"{path} cannot be read: it holds ids and labels, readable by the store's owner only"
+            ) from error
+        return content
+
+    def _row(self, name: str, run_index: int) -> npt.NDArray[Any]:
+        run = self.runs[run_index]
+        return self._read(name, run.row, f"run {run.key}, {name}")
+
+    def _has_shards(self, run: Run, start: int, stop: int) -> bool:
+        length = int(self._arrays[f"bold/{run.dtype}"].shards[1])
+        folder = self.path / "bold" / run.dtype
+        wanted = range(start // length, (stop - 1) // length + 1)
+        return all((folder / f"c.{run.row}.{shard}.0").is_file() for shard in wanted)
+
+    def _read(self, name: str, selection: Any, what: str) -> npt.NDArray[Any]:
+        if os.getpid() != self._pid:
+            raise SwiftError(f"store {self.path} was opened before a fork: open it in the child, or spawn workers")
+        try:
+            return np.asarray(self._arrays[name][selection])
+        except _READ_FAILURES as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise SwiftError(
+                f"store {self.path}: {what} cannot be read ({reason}): restore the file from a copy or build again; "
+                "`swiftv2 store verify` lists all that is damaged"
+            ) from error
+
+
+def _read_runs(folder: Path, expected: str) -> tuple[Run, ...]:
+    path = folder / layout.RUNS_FILE
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SwiftError(f"{path} is missing: restore it from a copy or build the store again") from error
+    if hashlib.sha256(data).hexdigest() != expected:
+        raise SwiftError(f"{path} does not match its checksum: restore it from a copy or build the store again")
+    return tuple(Run.from_json(json.loads(line)) for line in data.decode("utf-8").splitlines())
