@@ -1,9 +1,9 @@
 """Configuration of the training engine: precision, ZeRO, schedule, steps, saves, evaluation."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from swiftv2.config.base import Config
 from swiftv2.errors import UsageError
@@ -38,6 +38,18 @@ class EngineConfig(Config):
     """Number format in which gradients travel between ranks."""
     check_grad_overflow: bool = True
     """Whether a non-finite gradient skips the step instead of entering Adam's state."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.precision == "fp32" and self.gradient_accumulation_dtype == "bf16":
+            raise ValueError("gradient_accumulation_dtype=bf16 needs precision=bf16; with precision=fp32 say fp32")
+        unwrapped = self.backend == "deepspeed" and self.zero_stage == 0 and self.precision == "bf16"
+        if unwrapped and self.gradient_accumulation_dtype == "fp32":
+            raise ValueError(
+                "DeepSpeed's zero_stage=0 with precision=bf16 cannot sum gradients in fp32: take zero_stage=1 or 2, "
+                "backend=plain, precision=fp32, or gradient_accumulation_dtype=bf16"
+            )
+        return self
 
 
 class ScheduleConfig(Config):

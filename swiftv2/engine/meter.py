@@ -1,0 +1,47 @@
+"""How fast a run goes: clips per second, the share of time spent waiting for data, the time left."""
+
+import time
+from collections import deque
+
+WINDOW = 50
+
+
+class Meter:
+    """Wall-clock figures over the last steps; saves and evaluations count for the time left, not for the speed."""
+
+    def __init__(self, clips_per_step: int, max_steps: int) -> None:
+        self.clips_per_step = clips_per_step
+        self.max_steps = max_steps
+        self._steps: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        self._between: deque[float] = deque(maxlen=WINDOW)
+        self._last_end: float | None = None
+        self._began = 0.0
+        self._waited = 0.0
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._began, self._waited = time.perf_counter(), 0.0
+
+    def waited(self, seconds: float) -> None:
+        """The step has waited for a batch."""
+        self._waited += seconds
+
+    def end(self) -> None:
+        """The step is done."""
+        now = time.perf_counter()
+        self._steps.append((now - self._began, self._waited))
+        if self._last_end is not None:
+            self._between.append(now - self._last_end)
+        self._last_end = now
+
+    def values(self, step: int) -> dict[str, float]:
+        """Figures after a step: `clips_per_second`, `data_wait` (share of the time), `step_seconds`, `seconds_left`."""
+        total = sum(seconds for seconds, _ in self._steps)
+        mean = total / len(self._steps)
+        pace = sum(self._between) / len(self._between) if self._between else mean
+        return {
+            "clips_per_second": self.clips_per_step / mean,
+            "data_wait": sum(waited for _, waited in self._steps) / total,
+            "step_seconds": mean,
+            "seconds_left": pace * (self.max_steps - step),
+        }

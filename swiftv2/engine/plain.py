@@ -1,0 +1,128 @@
+"""The reference backend in plain PyTorch: what ZeRO must equal."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from swiftv2.config.engine import EngineConfig
+from swiftv2.config.model import OptimizerConfig
+from swiftv2.engine.backend import Backend, Kind
+from swiftv2.engine.launch import World
+from swiftv2.engine.optimizer import adamw, set_learning_rate
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class PlainBackend(Backend):
+    """Whole weights, gradients and optimizer state on every rank; gradients are averaged between ranks once a step.
+
+    With bf16 the module computes in bf16 while AdamW moves fp32 master weights, which start, as in DeepSpeed, from the
+    weights rounded to bf16.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        optimizer: OptimizerConfig,
+        module: nn.Module,
+        decay: set[str],
+        world: World,
+        accumulation: int,
+    ) -> None:
+        module.to(world.device)
+        super().__init__(module, world, accumulation)
+        self.config = config
+        if world.size > 1:
+            for tensor in module.state_dict().values():
+                dist.broadcast(tensor, src=0)
+        self.masters = dict(self.parameters)
+        if config.precision == "bf16":
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)
+            self.masters = {name: nn.Parameter(p.detach().float()) for name, p in self.parameters.items()}
+        self.optimizer = adamw(self.masters, decay, optimizer)
+
+    @property
+    def layout(self) -> str:
+        """Whole tensors only: no files of its own."""
+        return "plain"
+
+    def _forward_backward(self, batch: Any) -> Tensor:
+        loss: Tensor = self.module(batch)
+        torch.autograd.backward(loss / self.accumulation)
+        if self.config.gradient_accumulation_dtype == "fp32":
+            self._move_gradients()
+        return loss
+
+    def _move_gradients(self) -> None:
+        """Add the gradients of bf16 weights to those of their fp32 masters."""
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if master is parameter or parameter.grad is None:
+                continue
+            gradient = parameter.grad.float()
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            parameter.grad = None
+
+    def _step(self, lr: float) -> tuple[float, bool]:
+        self._move_gradients()
+        gradients = [m.grad for m in self.masters.values() if m.grad is not None]
+        if self.world.size > 1:
+            self._average(gradients)
+        norm = get_total_norm(gradients)
+        grad_norm = norm.item()
+        skipped = not torch.isfinite(norm).item() and (
+            self.config.check_grad_overflow or self.config.precision == "fp32"
+        )
+        if not skipped:
+            if self.config.gradient_clipping > 0:
+                clip_grads_with_norm_(self.masters.values(), self.config.gradient_clipping, norm)
+            set_learning_rate(self.optimizer, lr)
+            self.optimizer.step()
+            self._renew()
+        self.optimizer.zero_grad()
+        return grad_norm, skipped
+
+    def _average(self, gradients: list[Tensor]) -> None:
+        flat = torch.cat([g.flatten() for g in gradients]).to(_DTYPES[self.config.communication_dtype])
+        dist.all_reduce(flat)
+        flat /= self.world.size
+        for gradient, mean in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+    @torch.no_grad()
+    def _renew(self) -> None:
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
+
+    def _tensors(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+        for name, master in self.masters.items():
+            if kind == "weight":
+                yield name, master.detach().clone()
+            else:
+                state = self.optimizer.state.get(master)
+                yield name, state[kind].clone() if state else torch.zeros_like(master.detach())
+
+    @torch.no_grad()
+    def _assign(self, kind: Kind, values: Mapping[str, Tensor]) -> None:
+        for name, master in self.masters.items():
+            value = values[name].to(master.device, torch.float32)
+            if kind == "weight":
+                master.copy_(value)
+            else:
+                self.optimizer.state[master][kind] = value.clone()
+
+    def _finish_assignment(self, adam_steps: int) -> None:
+        for master in self.masters.values():
+            device = master.device if self.optimizer.defaults["fused"] else "cpu"
+            self.optimizer.state[master]["step"] = torch.tensor(float(adam_steps), device=device)
+        self._renew()
+
+    def _adam_steps(self) -> int:
+        state = self.optimizer.state.get(next(iter(self.masters.values())))
+        return int(state["step"]) if state else 0

@@ -1,0 +1,282 @@
+"""The run directory: everything that a run leaves, and all that is needed to go on with it."""
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Mapping
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import yaml
+
+import swiftv2
+from swiftv2.engine.collective import on_first
+from swiftv2.engine.files import write_atomically
+from swiftv2.engine.launch import World
+from swiftv2.engine.lease import Lease, last_attempt
+from swiftv2.errors import SwiftError, UsageError
+
+CHANGEABLE = (
+    "run.dir",
+    "train.max_steps",
+    "train.micro_batch",
+    "train.log_every",
+    "train.save_every",
+    "train.keep_last",
+    "train.evaluate_every",
+    "evaluate",
+    "data.threads",
+    "data.prefetch",
+    "engine.backend",
+    "engine.zero_stage",
+    "engine.device",
+    "engine.reduce_bucket_size",
+    "engine.allgather_bucket_size",
+    "engine.overlap_comm",
+    "engine.contiguous_gradients",
+)
+"""Keys, or whole sections, that may differ when a run is resumed: they leave its samples and its mathematics alone."""
+
+FOLDERS = ("checkpoints", "logs", "figures")
+PACKAGES = ("torch", "deepspeed", "zarr", "numpy", "safetensors", "mpi4py")
+
+
+class RunDirectory:
+    """An opened run directory; rank 0 writes, the other ranks know its path, attempt and whether it is resumed."""
+
+    def __init__(self, path: Path, attempt: int, world: World, lease: Lease | None) -> None:
+        self.path = path
+        self.attempt = attempt
+        self.lease = lease
+        self._writes = world.rank == 0
+
+    @classmethod
+    def open(cls, path: Path, config_text: str, world: World, changeable: Collection[str] = CHANGEABLE) -> Self:
+        """Create a run directory or take an existing one over for another attempt (collective).
+
+        Args:
+            path: the folder.
+            config_text: the resolved configuration as YAML.
+            world: this process among the ranks.
+            changeable: keys or sections that may differ from those of the former attempt.
+
+        Raises:
+            SwiftError: another process writes to it, or the folder is not a run directory and not empty.
+            UsageError: the configuration differs from the former attempt's in a key that must not change.
+        """
+        lease: Lease | None = None
+
+        def prepare() -> int:
+            nonlocal lease
+            if path.is_dir() and any(path.iterdir()) and not (path / "config.yaml").exists() and not _only_ours(path):
+                raise SwiftError(f"{path} is not empty and no run directory: give another run.dir")
+            for name in FOLDERS:
+                (path / name).mkdir(parents=True, exist_ok=True)
+            attempt = 1 + max(last_attempt(path), _last_written_attempt(path))
+            lease = Lease.acquire(path, attempt)
+            try:
+                changes = _compare(path / "config.yaml", config_text, changeable)
+                write_atomically(path / "config.yaml", config_text)
+                write_atomically(path / "environment.json", json.dumps(_environment(world), indent=1) + "\n")
+                write_atomically(path / "resume.sh", _resume_script(world), mode=0o755)
+                for name in ("metrics.jsonl", "events.jsonl"):
+                    _cut_torn_line(path / name)
+                run = cls(path, attempt, world, lease)
+                run.event(
+                    "start", world_size=world.size, launcher=world.launcher, host=platform.node(), pid=os.getpid()
+                )
+                for key, (old, new) in changes.items():
+                    run.event("config_changed", key=key, old=old, new=new)
+            except BaseException:
+                lease.release()
+                raise
+            return attempt
+
+        attempt = on_first(prepare, world)
+        return cls(path, attempt, world, lease)
+
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line to `metrics.jsonl`: step, attempt, time, then the values."""
+        self._append("metrics.jsonl", {"step": step, "attempt": self.attempt, "time": time.time(), **values})
+
+    def event(self, kind: str, step: int | None = None, **values: Any) -> None:
+        """Append one line to `events.jsonl`: step (null outside of steps), attempt, time, event, then the values."""
+        line = {"step": step, "attempt": self.attempt, "time": time.time(), "event": kind, **values}
+        self._append("events.jsonl", line)
+
+    def close(self) -> None:
+        """Give the lease back."""
+        if self.lease is not None:
+            self.lease.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        if not self._writes:
+            return
+        data = (json.dumps({key: _finite(value) for key, value in line.items()}, allow_nan=False) + "\n").encode()
+        # One write to a descriptor in append mode: lines of a kill may be cut, but are never mixed.
+        descriptor = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            written = os.write(descriptor, data)
+        finally:
+            os.close(descriptor)
+        if written != len(data):
+            raise SwiftError(f"{self.path / name}: only part of a line could be written: is the disk full?")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file; a last line that a kill has torn is left out.
+
+    Raises:
+        SwiftError: another line is no JSON object; the message names it.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line) if line else None
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise SwiftError(f"{path}: line {number} is damaged") from error
+        if row is not None:
+            rows.append(row)
+    return rows
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of `metrics.jsonl` by step: where a step was done again after a kill, those of its last attempt."""
+    rows = read_lines(path)
+    last: dict[int, int] = {}
+    for row in rows:
+        last[row["step"]] = max(row["attempt"], last.get(row["step"], 0))
+    kept = [row for row in rows if row["attempt"] == last[row["step"]]]
+    return sorted(kept, key=lambda row: row["step"])
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: null stands for both."""
+    unknown = isinstance(value, float) and (value != value or value in (float("inf"), float("-inf")))
+    return None if unknown else value
+
+
+def _only_ours(path: Path) -> bool:
+    """Whether a folder without configuration holds only what an earlier start left before it wrote one."""
+    return {p.name for p in path.iterdir() if not p.name.startswith(".lease")} <= {*FOLDERS, "lease.json"}
+
+
+def _last_written_attempt(path: Path) -> int:
+    names = ("events.jsonl", "metrics.jsonl")
+    return max((row["attempt"] for name in names for row in read_lines(path / name)), default=0)
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Cut off what a kill has left of a last line, so that the next one begins on its own."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole != len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+
+
+def _compare(path: Path, config_text: str, changeable: Collection[str]) -> dict[str, tuple[Any, Any]]:
+    if not path.exists():
+        return {}
+    old, new = (_flatten(yaml.safe_load(text)) for text in (path.read_text(encoding="utf-8"), config_text))
+    changes = {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
+    for key, (before, now) in changes.items():
+        if not any(key == free or key.startswith(f"{free}.") for free in changeable):
+            raise UsageError(
+                f"{path.parent} was begun with {key}={before} and cannot go on with {key}={now}: "
+                "take the former value, or give another run.dir"
+            )
+    return changes
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    return {key: value for name, below in tree.items() for key, value in _flatten(below, f"{prefix}{name}.").items()}
+
+
+def _environment(world: World) -> dict[str, Any]:
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "swiftv2": swiftv2.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "host": platform.node(),
+        "world_size": world.size,
+        "launcher": world.launcher,
+        "device": str(world.device),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "command": sys.orig_argv,
+        "folder": str(Path.cwd()),
+        "git": _git_state(),
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the checkout from which the package runs and whether it was changed; None outside of a checkout."""
+    root = Path(swiftv2.__file__).parents[1]
+    git = shutil.which("git")
+    if git is None or not (root / ".git").exists():
+        return None
+
+    def ask(*words: str) -> str:
+        done = subprocess.run([git, "-C", str(root), *words], capture_output=True, text=True, timeout=20, check=True)  # noqa: S603 (fixed words)
+        return done.stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain"))}
+    except (subprocess.SubprocessError, OSError):
+        return None
+
+
+def _resume_script(world: World) -> str:
+    """A shell script that starts the same command again in the same way."""
+    words = list(sys.orig_argv)
+    interpreter, rest = words[0], words[1:]
+    single = int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1
+    if world.launcher == "torchrun":
+        meeting = (
+            ["--standalone"]
+            if single
+            else ["--rdzv-backend=c10d", f"--rdzv-endpoint={os.environ['MASTER_ADDR']}:29400"]
+        )
+        ranks = [f"--nproc-per-node={world.local_size}", f"--nnodes={os.environ.get('GROUP_WORLD_SIZE', '1')}"]
+        while rest and rest[0] == "-u":
+            rest = rest[1:]
+        words = [interpreter, "-m", "torch.distributed.run", *meeting, *ranks, *rest]
+    elif world.launcher == "mpirun":
+        words = ["mpirun", "-n", str(world.size), *words]
+    elif world.launcher == "srun":
+        words = ["srun", f"--ntasks={world.size}", *words]
+    threads = os.environ.get("OMP_NUM_THREADS")
+    export = f"export OMP_NUM_THREADS={shlex.quote(threads)}\n" if threads else ""
+    note = "" if single else "# Run this on every node of the job.\n"
+    return f"#!/bin/sh\n{note}cd {shlex.quote(str(Path.cwd()))} || exit 1\n{export}exec {shlex.join(words)}\n"

@@ -1,0 +1,56 @@
+"""A request to stop, by signal, on which all ranks agree at a step's boundary."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+import torch
+import torch.distributed as dist
+
+from swiftv2.engine.launch import World
+
+STOPPED_EARLY = 75  # EX_TEMPFAIL: state is saved, run me again
+
+_INTERRUPTS_BEFORE_GIVING_UP = 3
+
+
+class StopRequest:
+    """Notes SIGTERM, SIGUSR1, SIGUSR2 and SIGINT while it is entered; every rank hears of it in `agreed`.
+
+    A launcher passes an interrupt from the keyboard on to ranks that have got it already, so only a third one
+    breaks off at once.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._interrupts = 0
+        self._former: dict[signal.Signals, signal.Handlers | None] = {}
+        self.name: str | None = None
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop (collective)."""
+        asked = self.name is not None
+        if self._world.size == 1:
+            return asked
+        flag = torch.tensor(int(asked), device=self._world.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+            self._former[number] = signal.signal(number, self._note)  # type: ignore[assignment]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, former in self._former.items():
+            signal.signal(number, former)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts >= _INTERRUPTS_BEFORE_GIVING_UP:
+                raise KeyboardInterrupt

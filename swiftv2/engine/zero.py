@@ -1,0 +1,213 @@
+"""DeepSpeed ZeRO, stages 0, 1 and 2; its configuration is generated here and nowhere else."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    lazy_init_hp_params_optimizer_state,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from swiftv2.config.engine import EngineConfig
+from swiftv2.config.model import OptimizerConfig
+from swiftv2.engine.backend import MOMENTS, Backend, Kind
+from swiftv2.engine.launch import World
+from swiftv2.engine.optimizer import adamw
+
+NATIVE = "deepspeed"
+
+
+def deepspeed_config(config: EngineConfig, micro_batch: int, accumulation: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for ours.
+
+    Args:
+        config: stage, precision, buckets, clipping.
+        micro_batch: clips that a rank computes at a time.
+        accumulation: micro-batches of a rank in one step.
+
+    Returns:
+        A tree of plain values, ready for `deepspeed.initialize` and for JSON.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.gradient_clipping,
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "reduce_bucket_size": config.reduce_bucket_size,
+            "allgather_bucket_size": config.allgather_bucket_size,
+            "overlap_comm": config.overlap_comm,
+            "contiguous_gradients": config.contiguous_gradients,
+            "round_robin_gradients": False,
+        },
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": config.check_grad_overflow},
+        "data_types": {"grad_accum_dtype": config.gradient_accumulation_dtype},
+        "communication_data_type": config.communication_dtype,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+class ZeroBackend(Backend):
+    """Optimizer state (stage 1) and gradients (stage 2) partitioned between ranks by DeepSpeed."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        optimizer: OptimizerConfig,
+        module: nn.Module,
+        decay: set[str],
+        world: World,
+        micro_batch: int,
+        accumulation: int,
+    ) -> None:
+        super().__init__(module.to(world.device), world, accumulation)
+        self.config = config
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        if world.device.type == "cpu":
+            # DeepSpeed would compile a shared-memory all-reduce for minutes; gloo gives the same sums.
+            deepspeed.ops.__compatible_ops__ = {}
+        self.optimizer = adamw(self.parameters, decay, optimizer)
+        # DeepSpeed's one way to gather in the ZeRO step; PyTorch renamed it and says so at every rank's first step.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.all_gather_into_tensor` is deprecated", FutureWarning)
+        with _quiet():
+            self.engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=self.optimizer,
+                config=deepspeed_config(config, micro_batch, accumulation),
+                dist_init_required=False,
+            )
+        # Before this, the groups held the module's parameters; DeepSpeed put its own fp32 ones in their place.
+        self._create_state()
+
+    @property
+    def layout(self) -> str:
+        """DeepSpeed's files fit only the stage, precision, world size and version that wrote them."""
+        stage, precision = self.config.zero_stage, self.config.precision
+        return f"deepspeed-{version('deepspeed')}-zero{stage}-{precision}-ranks{self.world.size}"
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the module."""
+        self.engine.destroy()
+
+    def _forward_backward(self, batch: Any) -> Tensor:
+        if self._losses:
+            self.engine.step()  # closes the former micro-batch; updates nothing before the last one
+        loss: Tensor = self.engine(batch)
+        self.engine.backward(loss)
+        return loss
+
+    def _step(self, lr: float) -> tuple[float, bool]:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        if self.config.zero_stage == 0 and self.config.precision == "fp32":
+            return self._step_unwrapped()
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm()), not self.engine.was_step_applied()
+
+    def _step_unwrapped(self) -> tuple[float, bool]:
+        """Stage 0 in fp32 steps our AdamW itself and looks at no overflow: look here."""
+        norm = get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        skipped = not torch.isfinite(norm).item()
+        if skipped:
+            for parameter in self.parameters.values():
+                parameter.grad = None
+        self.engine.step()
+        return norm.item(), skipped
+
+    def _partitioned(self) -> bool:
+        return self.config.zero_stage > 0
+
+    def _masters(self) -> dict[str, Tensor]:
+        """Stage 0: the whole fp32 weights that AdamW moves, by name, in the order of its groups."""
+        wrapped = self.engine.optimizer
+        owners = getattr(wrapped, "fp16_groups", None) or [list(self.parameters.values())]
+        masters = getattr(wrapped, "fp32_groups", None) or owners
+        names = {id(p): name for name, p in self.parameters.items()}
+        pairs = zip(chain(*owners), chain(*masters), strict=True)
+        return {names[id(owner)]: master for owner, master in pairs}
+
+    def _create_state(self, adam_steps: int = 0) -> None:
+        """Give AdamW's state its tensors and link them to the parameters, which DeepSpeed does only in the first step."""
+        fused = self.optimizer.defaults["fused"]
+        for index, group in enumerate(self.optimizer.param_groups):
+            for tensor in group["params"]:
+                state = self.optimizer.state[tensor]
+                state["step"] = torch.tensor(float(adam_steps), device=tensor.device if fused else "cpu")
+                for kind in MOMENTS:
+                    state.setdefault(kind, torch.zeros_like(tensor.detach()))
+            if self._partitioned():
+                self._link_state(index, group["params"][0])
+
+    def _link_state(self, group: int, partition: Tensor) -> None:
+        wrapped = self.engine.optimizer
+        # Stage 1 in bf16 with fp32 gradients is another class with another name for the same thing.
+        owners = wrapped.bf16_groups if hasattr(wrapped, "bf16_groups") else wrapped.bit16_groups
+        lazy_init_hp_params_optimizer_state(owners[group], partition, self.optimizer.state)
+
+    def _tensors(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+        if not self._partitioned():
+            for name, master in self._masters().items():
+                yield name, (master if kind == "weight" else self.optimizer.state[master][kind]).detach().clone()
+            return
+        for name, parameter in self.parameters.items():
+            if kind == "weight":
+                yield name, safe_get_full_fp32_param(parameter)
+            else:
+                yield name, safe_get_full_optimizer_state(parameter, kind)
+
+    @torch.no_grad()
+    def _assign(self, kind: Kind, values: Mapping[str, Tensor]) -> None:
+        if not self._partitioned():
+            for name, master in self._masters().items():
+                (master if kind == "weight" else self.optimizer.state[master][kind]).copy_(values[name])
+            return
+        for name, parameter in self.parameters.items():
+            value = values[name].to(parameter.device, torch.float32)
+            if kind == "weight":
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, kind)
+
+    @torch.no_grad()
+    def _finish_assignment(self, adam_steps: int) -> None:
+        self._create_state(adam_steps)
+        if self._partitioned():
+            self.engine.optimizer.update_lp_params()
+        else:
+            for name, master in self._masters().items():
+                self.parameters[name].copy_(master)
+
+    def _adam_steps(self) -> int:
+        return int(self.optimizer.state[self.optimizer.param_groups[0]["params"][0]]["step"])
+
+    def _save_native(self, folder: Path) -> None:
+        with _quiet():
+            self.engine.save_checkpoint(str(folder), tag=NATIVE, save_latest=False)
+
+    def _load_native(self, folder: Path) -> bool:
+        with _quiet():
+            self.engine.load_checkpoint(str(folder), tag=NATIVE, load_lr_scheduler_states=False)
+        # The loaded tensors are new ones: link them, as they are, to the parameters.
+        self._create_state(self._adam_steps())
+        return True
+
+
+def _quiet() -> contextlib.redirect_stdout[io.StringIO]:
+    """Keeps what DeepSpeed prints off standard output, which belongs to the command's own answer."""
+    return contextlib.redirect_stdout(io.StringIO())
