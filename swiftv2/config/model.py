@@ -53,9 +53,10 @@ class ModelConfig(Config):
     drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Stochastic depth: probability of dropping the last block's branches, growing linearly from 0 over the depth."""
     absolute_position: bool = True
-    """Learned absolute position tables before each stage (always on for swift_v1 and unified)."""
+    """Learned absolute position tables before each stage: place and time (always on) for swift_v1 and unified, place
+    alone for decoupled, whose rotary embeddings know distances but no anatomical place."""
     rope_theta: PositiveFloat = 1e4
-    """Base of the rotary embeddings (decoupled only)."""
+    """Base of the rotary embeddings (decoupled only); in space the last `head dimension % 6` channels stay unrotated."""
     layer_scale_temporal: PositiveFloat = 1.0
     """Initial value of the temporal branch's LayerScale (decoupled only)."""
     layer_scale_spatial: PositiveFloat = 0.9
@@ -68,16 +69,41 @@ class ModelConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(self.depths) != len(self.num_heads):
-            raise ValueError(f"depths has {len(self.depths)} stages, num_heads {len(self.num_heads)}: give one entry a stage")
+            raise ValueError(
+                f"depths has {len(self.depths)} stages, num_heads {len(self.num_heads)}: give one entry a stage"
+            )
         for stage, heads in enumerate(self.num_heads):
             width = self.embed_dim * 2**stage
             if width % heads:
                 raise ValueError(f"stage {stage}: width {width} is not divisible by {heads} heads")
+            if self.variant == "decoupled" and (width // heads % 2 or width // heads < 6):
+                raise ValueError(
+                    f"stage {stage}: rotary embeddings need an even head dimension of at least 6, got {width // heads}"
+                )
         for stage in self.checkpoint_stages:
             if not 0 <= stage < len(self.depths):
-                raise ValueError(f"checkpoint_stages: there is no stage {stage}; stages are 0 to {len(self.depths) - 1}")
+                raise ValueError(
+                    f"checkpoint_stages: there is no stage {stage}; stages are 0 to {len(self.depths) - 1}"
+                )
         if self.variant != "decoupled" and not self.absolute_position:
-            raise ValueError(f"absolute_position=false needs variant=decoupled; {self.variant} has no other notion of place")
+            raise ValueError(
+                f"absolute_position=false needs variant=decoupled; {self.variant} has no other notion of place"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_swift_v1(self) -> Self:
+        if self.variant != "swift_v1":
+            return self
+        if self.patch_size[3] != 1:
+            raise ValueError(f"patch_size={self.patch_size}: variant=swift_v1 has patches of one frame")
+        merged = 2 ** (len(self.depths) - 1)
+        tokens = [-(-n // p) for n, p in zip(self.image_size, self.patch_size[:3], strict=True)]
+        if any(n % merged for n in tokens):
+            raise ValueError(
+                f"image_size={self.image_size} gives {tuple(tokens)} tokens, which variant=swift_v1 cannot halve "
+                f"{len(self.depths) - 1} times: choose a grid or a patch with multiples of {merged} tokens, or variant=unified"
+            )
         return self
 
 
