@@ -23,7 +23,7 @@ class ModelPlan:
     decoder_parameters: int
     """Parameters of the SimMIM decoder."""
     forward_flops_per_clip: dict[str, int]
-    """FLOPs of one clip by `patch_embed`, `stage_1`..., `decoder`, and their `total`; see `swiftv2.models.flops`."""
+    """FLOPs of one clip: `patch_embed`, `stage_1`..., `encoder` (their sum), `decoder`, `total`."""
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values."""

@@ -12,9 +12,11 @@ from swiftv2.models.geometry import Grid, block_specs, stage_grids
 
 
 def forward_flops(config: ModelConfig) -> dict[str, int]:
-    """FLOPs of one clip of the configured grid and length, by `patch_embed`, `stage_1`..., `decoder`, and `total`.
+    """FLOPs of one clip of the configured grid and length.
 
-    A stage's count holds its blocks and the merging that ends it.
+    Returns:
+        `patch_embed`, `stage_1`... (each with its blocks and the merging that ends it), their sum `encoder`, `decoder`,
+        and `total` = encoder + decoder.
     """
     grids = stage_grids(config)
     counts = {
@@ -26,8 +28,8 @@ def forward_flops(config: ModelConfig) -> dict[str, int]:
             width = config.embed_dim * 2**stage
             count += _linear(math.prod(grids[stage + 1]), 8 * width, 2 * width)
         counts[f"stage_{stage + 1}"] = count
-    counts["decoder"] = _decoder(config, grids[-1])
-    return counts | {"total": sum(counts.values())}
+    encoder, decoder = sum(counts.values()), _decoder(config, grids[-1])
+    return counts | {"encoder": encoder, "decoder": decoder, "total": encoder + decoder}
 
 
 def _linear(rows: int, inputs: int, outputs: int) -> int:

@@ -127,7 +127,8 @@ class Swin4D(nn.Module):
     @property
     def width(self) -> int:
         """Channels of the output."""
-        return self.config.embed_dim * 2 ** (len(self.config.depths) - 1)
+        width: int = self.config.embed_dim * 2 ** (len(self.config.depths) - 1)
+        return width
 
     @property
     def branches(self) -> int:
