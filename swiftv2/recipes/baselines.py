@@ -60,9 +60,9 @@ def time_interpolation(signal: Tensor, hidden: Tensor, brain: Tensor) -> Tensor:
     # Beyond the first or last visible frame both neighbours are that frame.
     left = torch.where(before < 0, after, before).clamp_(max=count - 1)
     right = torch.where(after == count, before, after).clamp_(min=0)
-    weight = (times - left) / (right - left).clamp(min=1)
+    weight = (times - left).to(signal.dtype) / (right - left).clamp(min=1)
     start = signal.gather(1, left)
-    line = start + weight.to(signal.dtype) * (signal.gather(1, right) - start)
+    line = start + weight * (signal.gather(1, right) - start)
     return torch.where(never, visible_mean(signal, hidden, brain), line)
 
 

@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swiftv2.data.order import Exclusion, SampleOrder, rank_positions
+from swiftv2.errors import SwiftError
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 80), st.integers(0, 3))
+def test_every_epoch_holds_every_clip_once(seed: int, clips: int, epoch: int) -> None:
+    order = SampleOrder(seed, clips)
+    positions = np.arange(epoch * clips, (epoch + 1) * clips)
+    assert sorted(order.clips_at(positions).tolist()) == list(range(clips))
+    assert set(order.epochs_at(positions).tolist()) == {epoch}
+
+
+def test_epochs_and_seeds_differ() -> None:
+    order = SampleOrder(0, 50)
+    first, second = order.clips_at(np.arange(50)), order.clips_at(np.arange(50, 100))
+    assert first.tolist() != second.tolist()
+    assert first.tolist() != SampleOrder(1, 50).clips_at(np.arange(50)).tolist()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 3), st.integers(0, 200), st.integers(1, 60), st.integers(1, 3))
+def test_all_ranks_together_read_the_same_steps_from_any_sample_on(
+    world: int, micro: int, accumulation: int, consumed: int, clips: int, steps: int
+) -> None:
+    batch = world * micro * accumulation
+    alone = SampleOrder(4, clips).clips_at(np.arange(consumed, consumed + steps * batch))
+    for step in range(steps):
+        first = consumed + step * batch
+        read = [
+            SampleOrder(4, clips).clips_at(positions)
+            for rank in range(world)
+            for positions in rank_positions(first, micro, accumulation, rank, world)
+        ]
+        assert all(len(r) == micro for r in read)
+        assert sorted(np.concatenate(read).tolist()) == sorted(alone[step * batch : (step + 1) * batch].tolist())
+
+
+@settings(deadline=None)
+@given(st.integers(0, 20), st.integers(1, 24), st.integers(1, 40))
+def test_steps_are_slices_of_one_sequence(step: int, batch: int, clips: int) -> None:
+    order = SampleOrder(9, clips)
+    assert order.positions(step, batch).tolist() == list(range(step * batch, (step + 1) * batch))
+    assert order.samples_for(step, batch).tolist() == [order.clip_at(step * batch + i) for i in range(batch)]
+
+
+@settings(deadline=None)
+@given(st.integers(2, 30), st.data())
+def test_an_exclusion_changes_only_its_own_places_and_only_from_its_position_on(clips: int, data: st.DataObject) -> None:
+    gone = data.draw(st.sets(st.integers(0, clips - 1), min_size=1, max_size=clips - 1))
+    since = data.draw(st.integers(0, 3 * clips))
+    positions = np.arange(4 * clips)
+    plain = SampleOrder(2, clips).clips_at(positions)
+    order = SampleOrder(2, clips, [Exclusion(clip, since) for clip in sorted(gone)])
+    changed = order.clips_at(positions)
+    held = np.isin(plain, sorted(gone)) & (positions >= since)
+    np.testing.assert_array_equal(changed[~held], plain[~held])
+    assert not set(changed[held].tolist()) & gone
+    again = [order.clip_at(int(p)) for p in reversed(positions)]
+    assert again[::-1] == changed.tolist()
+
+
+def test_exclusions_are_checked() -> None:
+    with pytest.raises(ValueError, match="no clip 5"):
+        SampleOrder(0, 5, [Exclusion(5, 0)])
+    with pytest.raises(SwiftError, match="every clip"):
+        SampleOrder(0, 2, [Exclusion(0, 0), Exclusion(1, 0)]).clip_at(0)
+    with pytest.raises(ValueError, match="at least one clip"):
+        SampleOrder(0, 0)
