@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from swiftv2.config.data import GridConfig
 
+nifti: Any = nib
+"""nibabel, most of whose functions carry no annotations."""
 SPACE = "MNI152NLin6Asym"
 SHAPE = (34, 40, 36)
 FRAMES = 23
@@ -41,7 +43,7 @@ def save_nifti(
 ) -> Path:
     """Write a NIfTI file with stored numbers `data`; `scale` is slope and intercept."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = nib.Nifti1Image(data, affine)
+    image = nifti.Nifti1Image(data, affine)
     image.set_sform(affine, code=codes[0])
     image.set_qform(affine, code=codes[1])
     if data.ndim == 4:
@@ -49,7 +51,7 @@ def save_nifti(
     image.header.set_xyzt_units("mm", "sec")
     if scale is not None:
         image.header.set_slope_inter(*scale)
-    nib.save(image, path)
+    nifti.save(image, path)
     return path
 
 
@@ -69,7 +71,7 @@ def save_run(
     where = mni_affine() if affine is None else affine
     folder = root / f"sub-{subject}" / "func"
     stem = f"sub-{subject}_task-rest_run-{run}_space-{space}"
-    path = save_nifti(folder / f"{stem}_desc-preproc_bold.nii.gz", data, where, **options)
+    path = save_nifti(folder / f"{stem}_desc-preproc_bold.nii.gz", data, where, tr=tr or 2.0, **options)
     if tr is not None:
         (folder / f"{stem}_desc-preproc_bold.json").write_text(json.dumps({"RepetitionTime": tr}))
     if mask is not None:
@@ -77,7 +79,9 @@ def save_run(
     return path
 
 
-def flipped(data: npt.NDArray[Any], affine: npt.NDArray[np.float64]) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
+def flipped(
+    data: npt.NDArray[Any], affine: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
     """The same image with its first axis stored the other way round."""
     turn = np.diag([-1.0, 1.0, 1.0, 1.0])
     turn[0, 3] = data.shape[0] - 1
@@ -86,4 +90,6 @@ def flipped(data: npt.NDArray[Any], affine: npt.NDArray[np.float64]) -> tuple[np
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All files below a folder."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }

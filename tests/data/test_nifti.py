@@ -2,11 +2,10 @@ import gzip
 from collections.abc import Callable
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
+from store_files import SHAPE, bold_values, mni_affine, nifti, save_nifti
 
-from store_files import SHAPE, bold_values, mni_affine, save_nifti
 from swiftv2.data.grid import kept_voxels, place, source_grid
 from swiftv2.data.nifti import Header, RefusedError, background_number, read_bold, read_header, repetition_time
 
@@ -47,10 +46,10 @@ def noise(path: Path) -> Path:
 
 
 def left_or_right(path: Path) -> Path:
-    image = nib.Nifti1Image(bold_values(0, frames=3), mni_affine())
+    image = nifti.Nifti1Image(bold_values(0, frames=3), mni_affine())
     image.set_sform(mni_affine(), code=4)
     image.set_qform(np.diag([-1.0, 1, 1, 1]) @ mni_affine(), code=1)
-    nib.save(image, path)
+    nifti.save(image, path)
     return path
 
 
@@ -88,11 +87,11 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
 def test_stored_numbers_come_out_as_they_are(suffix: str, dtype: str, tmp_path: Path) -> None:
     data = (bold_values(1, frames=4) % 200).astype(dtype)
     path = tmp_path / f"run{suffix}"
-    image = nib.Nifti1Image(data, mni_affine())
+    image = nifti.Nifti1Image(data, mni_affine())
     image.set_data_dtype(dtype)
     image.header.set_slope_inter(0.5, 3.0)
     image.set_sform(mni_affine(), code=4)
-    nib.save(image, path)
+    nifti.save(image, path)
     header = read_header(path)
     assert (header.slope, header.intercept, header.orientation) == (0.5, 3.0, "RAS")
     np.testing.assert_array_equal(read_all(path), data.transpose(3, 0, 1, 2).reshape(4, -1))
@@ -135,13 +134,13 @@ def test_repetition_time_refused(
 
 def test_header_time_follows_its_unit(tmp_path: Path) -> None:
     path = good(tmp_path / "run.nii")
-    image = nib.load(path)
+    image = nifti.load(path)
     image.header.set_xyzt_units("mm", "msec")
     image.header["pixdim"][4] = 720.0
-    nib.save(image, tmp_path / "msec.nii")
+    nifti.save(image, tmp_path / "msec.nii")
     assert read_header(tmp_path / "msec.nii").tr == pytest.approx(0.72)
     image.header.set_xyzt_units("mm", "unknown")
-    nib.save(image, tmp_path / "unknown.nii")
+    nifti.save(image, tmp_path / "unknown.nii")
     assert read_header(tmp_path / "unknown.nii").tr is None
 
 
