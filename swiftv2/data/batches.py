@@ -240,7 +240,10 @@ class Prefetcher:
             key, last = self._source.runs[run].key, start + (frames - 1) * stride
             if isinstance(error, SwiftError) and key in str(error):
                 raise
-            raise SwiftError(f"run {key}, frames {start} to {last}: cannot be read ({error}); verify the store") from error
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise SwiftError(
+                f"run {key}, frames {start} to {last}: cannot be read ({reason}); `swiftv2 store verify` tells what is damaged"
+            ) from error
 
 
 class BatchReader(Prefetcher):

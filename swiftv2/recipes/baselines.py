@@ -52,18 +52,26 @@ def time_interpolation(signal: Tensor, hidden: Tensor, brain: Tensor) -> Tensor:
         (B, T, V), equal to the signal where it is visible. A voxel that is never visible is predicted as by
         `visible_mean`.
     """
-    count = signal.shape[1]
-    times = torch.arange(count, device=signal.device).view(1, count, 1)
-    before = torch.where(hidden, -1, times).cummax(1).values
-    after = torch.where(hidden, count, times).flip(1).cummin(1).values.flip(1)
-    never = after[:, :1] == count
-    # Beyond the first or last visible frame both neighbours are that frame.
-    left = torch.where(before < 0, after, before).clamp_(max=count - 1)
-    right = torch.where(after == count, before, after).clamp_(min=0)
-    weight = (times - left).to(signal.dtype) / (right - left).clamp(min=1)
-    start = signal.gather(1, left)
-    line = start + weight * (signal.gather(1, right) - start)
+    before, since = _last_visible(signal, hidden)
+    after, until = (x.flip(1) for x in _last_visible(signal.flip(1), hidden.flip(1)))
+    between = since / (since + until).clamp_(min=1)
+    weight = torch.where(since.isinf(), 1.0, torch.where(until.isinf(), 0.0, between))
+    line = before + weight * (after - before)
+    never = hidden.all(1, keepdim=True)
     return torch.where(never, visible_mean(signal, hidden, brain), line)
+
+
+def _last_visible(signal: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Value of the last visible frame up to each frame, and the frames since then; 0 and infinity before the first."""
+    value = torch.zeros_like(signal[:, 0])
+    since = torch.full_like(value, torch.inf)
+    values, ages = [], []
+    for frame, masked in zip(signal.unbind(1), hidden.unbind(1), strict=True):
+        value = torch.where(masked, value, frame)
+        since = torch.where(masked, since + 1.0, 0.0)
+        values.append(value)
+        ages.append(since)
+    return torch.stack(values, dim=1), torch.stack(ages, dim=1)
 
 
 def _clip_mean(total: Tensor, frames: Tensor, brain: Tensor) -> Tensor:
