@@ -11,12 +11,13 @@ import json
 import os
 import pickle
 import shutil
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -33,6 +34,17 @@ from swiftv2.models.swin4d import Swin4D
 TENSORS = "weights.safetensors"
 CARD = "weights.json"
 ENCODER = "encoder."
+UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    struct.error,
+)
+"""What torch.load raises on damaged files and on those whose pickle wants code to be run."""
 TOLERANCE = 1e-3
 """Voxel sizes (mm) and repetition times (s) that differ by less are the same."""
 
@@ -88,11 +100,11 @@ class Card(Config):
     """muP base and multipliers that a reader must apply; null for the standard form."""
     subjects: SubjectHashes | None = None
     """Subjects trained on."""
-    provenance: dict[str, Any] = Field(default_factory=dict)
+    provenance: dict[str, Any] | None = None
     """Where the weights come from: run, step, commit, data."""
     sha256: str = ""
     """SHA-256 of the tensor file; set by `export`."""
-    bytes: NonNegativeInt = Field(default=0)
+    bytes: NonNegativeInt = 0
     """Size of the tensor file; set by `export`."""
 
     @model_validator(mode="after")
@@ -284,7 +296,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise SwiftError(f"{path}: cannot be read ({error.strerror})") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except UNREADABLE as error:
         raise SwiftError(
             f"{path}: cannot be read without running code in it, or is damaged; save its state_dict and hyper_parameters "
             "as plain values with torch.save"
