@@ -14,7 +14,7 @@ class GridConfig(Config):
     kind: Literal["mni152", "source"] = "mni152"
     """mni152: a 192 mm cube that holds the whole MNI152 brain mask; source: the first run's own grid (say its space too)."""
     voxel_mm: PositiveFloat = 2.0
-    """Voxel edge in mm (mni152 only): 2 gives 96^3, 4 gives 48^3, 6 gives 32^3."""
+    """Voxel edge in mm (mni152 only), a divisor of 192: 2 gives 96^3, 4 gives 48^3, 6 gives 32^3."""
     orientation: Literal["RAS", "LAS"] = "RAS"
     """Order of the voxel axes in the store; LAS is what the published SwiFT v1 weights expect."""
     space: str | None = None
@@ -60,6 +60,8 @@ class SplitConfig(Config):
     """Seed of the random split."""
     fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
     """Shares of subjects for train, val and test of the random split; they sum to 1."""
+    families: bool = True
+    """Whether the random split keeps subjects of one `family_id` together; reading it needs the store's file of ids."""
 
     @field_validator("fractions")
     @classmethod

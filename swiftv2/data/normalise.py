@@ -16,6 +16,7 @@
 Standard deviations divide by the number of values. Whatever has no spread (a constant run, clip or voxel) becomes 0.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -64,6 +65,22 @@ class PackedClips(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """How brain voxels were scaled: (x - centre) / spread."""
+
+    centre: Tensor
+    """(B, 1, 1), or (B, 1, V) for per_voxel, float32 in source units."""
+    spread: Tensor
+    """Like centre; not above 0 where there is no spread."""
+    fill: Tensor
+    """(B,) float32: scaled value of everything outside the brain."""
+
+    def to_source(self, scaled: Tensor) -> Tensor:
+        """Scaled values (B, T, V) of brain voxels in source units; the centre where there was no spread."""
+        return scaled * torch.where(_usable(self.spread), self.spread, 0.0) + self.centre
+
+
 def normalise(batch: PackedClips, config: NormalisationConfig) -> tuple[Tensor, Tensor]:
     """Scaled signal and the value of the background; see the table at the module's head.
 
@@ -79,20 +96,16 @@ def normalise(batch: PackedClips, config: NormalisationConfig) -> tuple[Tensor, 
         ValueError: per_voxel with scope run, and the batch carries no per-voxel statistics.
     """
     # One fresh copy, scaled in place: signals are the largest tensors beside the model's.
-    signal = batch.bold.to(torch.float32, copy=True)
-    signal.mul_(batch.slope.view(-1, 1, 1)).add_(batch.intercept.view(-1, 1, 1))
-    outside = ~batch.brain[:, None, :]
-    fill = torch.zeros(len(signal), device=signal.device)
+    signal = _source_units(batch)
+    found = _scaling(signal, batch, config)
     if config.kind != "none":
-        if config.kind == "per_voxel":
-            centre, spread = _voxel_scale(signal, batch, config)
-        else:
-            centre, spread, lowest = _global_scale(signal, batch, config)
-            if config.kind == "znorm_minback":
-                fill = (lowest - centre) * _inverse(spread)
-            centre, spread = centre.view(-1, 1, 1), spread.view(-1, 1, 1)
-        signal.sub_(centre).mul_(_inverse(spread))
-    return torch.where(outside, fill.view(-1, 1, 1), signal), fill
+        signal.sub_(found.centre).mul_(_inverse(found.spread))
+    return torch.where(batch.brain[:, None, :], signal, found.fill.view(-1, 1, 1)), found.fill
+
+
+def scaling(batch: PackedClips, config: NormalisationConfig) -> Scaling:
+    """What `normalise` does to each clip of a batch, to bring scaled values back to source units."""
+    return _scaling(_source_units(batch), batch, config)
 
 
 def scatter(packed: Tensor, voxels: Tensor, grid_shape: Shape3, fill: Tensor | float | None = None) -> Tensor:
@@ -125,10 +138,30 @@ def gather(volume: Tensor, voxels: Tensor) -> Tensor:
     return volume.reshape(clips, -1, frames).index_select(1, voxels).transpose(1, 2)
 
 
+def _source_units(batch: PackedClips) -> Tensor:
+    signal = batch.bold.to(torch.float32, copy=True)
+    return signal.mul_(batch.slope.view(-1, 1, 1)).add_(batch.intercept.view(-1, 1, 1))
+
+
+def _usable(spread: Tensor) -> Tensor:
+    return torch.isfinite(spread) & (spread > 0)
+
+
 def _inverse(spread: Tensor) -> Tensor:
     """1 / spread, and 0 where there is none, so that what is constant becomes 0 and never NaN."""
-    usable = torch.isfinite(spread) & (spread > 0)
+    usable = _usable(spread)
     return torch.where(usable, 1.0 / torch.where(usable, spread, 1.0), 0.0)
+
+
+def _scaling(signal: Tensor, batch: PackedClips, config: NormalisationConfig) -> Scaling:
+    zero = torch.zeros(len(signal), device=signal.device)
+    if config.kind == "none":
+        return Scaling(zero.view(-1, 1, 1), torch.ones_like(zero).view(-1, 1, 1), zero)
+    if config.kind == "per_voxel":
+        return Scaling(*_voxel_scale(signal, batch, config), zero)
+    centre, spread, lowest = _global_scale(signal, batch, config)
+    fill = (lowest - centre) * _inverse(spread) if config.kind == "znorm_minback" else zero
+    return Scaling(centre.view(-1, 1, 1), spread.view(-1, 1, 1), fill)
 
 
 def _voxel_scale(signal: Tensor, batch: PackedClips, config: NormalisationConfig) -> tuple[Tensor, Tensor]:

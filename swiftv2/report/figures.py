@@ -1,5 +1,6 @@
 """The picture at the end of a run: reconstructions in three planes, time courses, and the loss beside its baselines."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from swiftv2.errors import SwiftError
 
 Arrays = dict[str, NDArray[Any]]
 
+HELD_OUT_L1 = "heldout/all/l1/model"
 PLANES = ("sagittal", "coronal", "axial")
 PREDICTORS = {
     "model": ("Swin4D", "#c1440e"),
@@ -20,16 +22,14 @@ PREDICTORS = {
 }
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file; a last line torn by a kill is left out, steps done again count once (the last)."""
-    rows: dict[Any, dict[str, Any]] = {}
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of `metrics.jsonl` by step; a line torn by a kill is left out, of steps done again the last attempt counts."""
+    rows: dict[int, dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        rows[(row.get("step"), row.get("kind", ""))] = row
-    return [rows[key] for key in sorted(rows, key=lambda k: (k[0] is None, k[0] or 0))]
+            rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
 
 
 def draw_run(run_dir: Path) -> Path:
@@ -49,7 +49,7 @@ def draw_run(run_dir: Path) -> Path:
     if not evaluation_path.is_file():
         raise SwiftError(f"{run_dir}: no evaluation.json; the figure is drawn when a run has been evaluated")
     evaluation = json.loads(evaluation_path.read_text(encoding="utf-8"))
-    metrics = read_lines(run_dir / "metrics.jsonl")
+    metrics = read_metrics(run_dir / "metrics.jsonl")
     pictures = run_dir / "figures" / "reconstruction.npz"
     arrays: Arrays | None = None
     if pictures.is_file():
@@ -130,30 +130,31 @@ def _draw_courses(figure: Any, arrays: Arrays) -> None:
 
 def _draw_numbers(figure: Any, metrics: list[dict[str, Any]], evaluation: dict[str, Any]) -> None:
     loss, score = figure.subplots(1, 2, width_ratios=(1.25, 1.0))
+    everyone = evaluation["groups"]["all"]
     training = np.array([(row["step"], row["loss"]) for row in metrics if row.get("loss") is not None])
-    heldout = np.array([(row["step"], row["heldout/loss"]) for row in metrics if row.get("heldout/loss") is not None])
+    curve = [(row["step"], row[HELD_OUT_L1]) for row in metrics if row.get(HELD_OUT_L1) is not None]
     if len(training):
-        loss.plot(*training.T, color="#e0b7a3", lw=0.8, label="training")
-    if len(heldout):
-        loss.plot(*heldout.T, "o-", ms=3, color=PREDICTORS["model"][1], label="held-out")
+        loss.plot(*training.T, color="#e0b7a3", lw=0.8, label="training loss")
+    loss.plot(*np.array(curve).T, "o-", ms=3, color=PREDICTORS["model"][1], label="Swin4D, held-out L1")
     for name in ("time_interpolation", "visible_mean"):
         label, colour = PREDICTORS[name]
-        loss.axhline(evaluation["all"]["loss"][name], color=colour, ls="--", lw=1, label=f"{label} (held-out)")
-    values = np.concatenate([training[:, 1] if len(training) else [], list(evaluation["all"]["loss"].values())])
-    loss.set_ylim(0.95 * values.min(), np.quantile(values, 0.98) * 1.05)
-    loss.set(xlabel="step", ylabel="loss on hidden brain voxels")
+        loss.axhline(everyone["methods"][name]["l1"], color=colour, ls="--", lw=1, label=f"{label}, held-out L1")
+    values = np.array([m["l1"] for m in everyone["methods"].values()] + [value for _, value in curve])
+    loss.set_ylim(0.95 * values.min(), 1.15 * values.max())
+    loss.set(xlabel="step", ylabel="on hidden brain voxels, normalised units")
     loss.legend(fontsize=6, frameon=False)
 
-    names = [n for n in PREDICTORS if n in evaluation["all"]["r2"]]
+    names = [name for name in PREDICTORS if everyone["methods"][name]["r2"]]
     for place, name in enumerate(reversed(names)):
         label, colour = PREDICTORS[name]
-        entry = evaluation["all"]["r2"][name]
-        low, high = entry["interval"]
-        score.plot((low, high), (place, place), color=colour, lw=3, solid_capstyle="butt")
-        score.plot(entry["value"], place, "o", color=colour, ms=6)
-        score.text(entry["value"], place + 0.18, f"{label}: {entry['value']:.3f}", ha="center", fontsize=7)
+        r2 = everyone["methods"][name]["r2"]
+        if r2["low"] is not None:
+            score.plot((r2["low"], r2["high"]), (place, place), color=colour, lw=3, solid_capstyle="butt")
+        score.plot(r2["mean"], place, "o", color=colour, ms=6)
+        score.text(r2["mean"], place + 0.18, f"{label}: {r2['mean']:.3f}", ha="center", fontsize=7)
     score.axvline(0.0, color="black", lw=0.6)
     score.set_ylim(-0.5, len(names) - 0.3)
+    score.margins(x=0.25)
     score.set_yticks([])
     score.spines["left"].set_visible(False)
-    score.set_xlabel(f"R² on the fluctuation, 95 % over {evaluation['all']['subjects']} held-out subjects")
+    score.set_xlabel(f"R² on the fluctuation, 95 % over {everyone['subjects']} held-out subjects")

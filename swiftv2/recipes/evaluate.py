@@ -1,0 +1,94 @@
+"""Held-out evaluation: the model beside copying, on the same clips and masks, by cohort and over subjects."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from swiftv2.config.pretrain import PretrainConfig
+from swiftv2.data.batches import RunTable, evaluation_batches
+from swiftv2.data.clips import ClipIndex
+from swiftv2.data.store import Store
+from swiftv2.engine.files import write_atomically
+from swiftv2.engine.launch import World
+from swiftv2.recipes.baselines import MODEL, CohortScore, FluctuationScore, time_interpolation, visible_mean
+from swiftv2.recipes.objective import Objective
+
+REPORT = "evaluation.json"
+
+
+class HeldOut:
+    """Evaluates an objective on the clips of held-out subjects; called with the step, by all ranks.
+
+    Every call writes `evaluation.json` into the run directory and returns the values that are logged.
+    """
+
+    def __init__(
+        self, config: PretrainConfig, store: Store, clips: ClipIndex, objective: Objective, world: World, run_dir: Path
+    ) -> None:
+        self.config, self.store, self.clips = config, store, clips
+        self.objective, self.world, self.run_dir = objective, world, run_dir
+        self.table = RunTable(store.runs)
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Score the model and both baselines on the held-out clips (collective)."""
+        was_training = self.objective.training
+        self.objective.eval()
+        loss, scores = self._score()
+        self.objective.train(was_training)
+        report = scores.report(self.config.run.seed)
+        if self.world.rank == 0:
+            groups = {name: dataclasses.asdict(score) for name, score in report.items()}
+            content = {"step": step, "split": self.config.evaluate.split, "loss": loss, "groups": groups}
+            write_atomically(self.run_dir / REPORT, json.dumps(content, indent=1) + "\n")
+        return {"heldout/loss": loss, **{k: v for name, score in report.items() for k, v in _flat(name, score).items()}}
+
+    @torch.no_grad()
+    def _score(self) -> tuple[float, FluctuationScore]:
+        """The configured loss averaged over all held-out clips, and the sums for R2 of every method (collective)."""
+        config, world = self.config, self.world
+        scores = FluctuationScore(self.table.cohort_of_subject, self.table.cohort_names)
+        total = torch.zeros(2, dtype=torch.float64)
+        batches = evaluation_batches(
+            self.store,
+            self.clips,
+            config.mask,
+            config.data.normalisation,
+            seed=config.run.seed,
+            batch=config.evaluate.batch,
+            max_clips=config.evaluate.max_clips,
+            rank=world.rank,
+            world_size=world.size,
+            threads=config.data.threads,
+            prefetch=config.data.prefetch,
+        )
+        with batches:
+            for cpu_batch in batches:
+                batch = cpu_batch.to(world.device)
+                losses, signal, reconstruction = self.objective.clip_losses(batch)
+                hidden = self.objective.hidden(batch)
+                counted = hidden & batch.brain[:, None]
+                predictions = {
+                    MODEL: reconstruction,
+                    "visible_mean": visible_mean(signal, hidden, batch.brain),
+                    "time_interpolation": time_interpolation(signal, hidden, batch.brain),
+                }
+                scores.update(predictions, signal, counted, batch.subject, batch.weight)
+                total += torch.stack(((losses * batch.weight).sum(), batch.weight.sum())).double().cpu()
+        sums = torch.cat((total, scores.totals.flatten())).to(world.device)
+        if world.size > 1:
+            dist.all_reduce(sums)
+        scores.totals = sums[2:].view_as(scores.totals).cpu()
+        return float(sums[0] / sums[1]), scores
+
+
+def _flat(group: str, score: CohortScore) -> dict[str, Any]:
+    """Values of one group as they stand in metrics.jsonl: `heldout/<group>/r2/<method>` and so on."""
+    values: dict[str, float | None] = {f"heldout/{group}/l1_ratio": score.l1_ratio}
+    for name, method in score.methods.items():
+        values[f"heldout/{group}/r2/{name}"] = method.r2.mean if method.r2 else None
+        values[f"heldout/{group}/l1/{name}"] = method.l1
+    return {key: value for key, value in values.items() if value is not None}

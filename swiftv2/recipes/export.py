@@ -1,0 +1,93 @@
+"""From a run's checkpoint to weights that others can load: safetensors and a card, without DeepSpeed."""
+
+import json
+import secrets
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from swiftv2 import weights
+from swiftv2.config.load import load
+from swiftv2.config.pretrain import PretrainConfig
+from swiftv2.data.clips import ClipIndex
+from swiftv2.data.splits import Splits
+from swiftv2.data.store import Store
+from swiftv2.engine.backend import WEIGHTS
+from swiftv2.engine.checkpoint import latest, list_checkpoints, verify_checkpoint
+from swiftv2.engine.files import read_json, write_atomically
+from swiftv2.errors import SwiftError
+
+CONTRACT = "contract.json"
+PREFIX = "simmim."
+
+
+def write_contract(run_dir: Path, config: PretrainConfig, store: Store, splits: Splits, clips: ClipIndex) -> None:
+    """Leave in the run directory what exported weights must say of their data; kept as it is when it is there.
+
+    It holds the input contract, the store's version and the salted hashes of the training subjects (null where the
+    store's file of ids may not be read).
+    """
+    path = run_dir / CONTRACT
+    if path.exists():
+        return
+    times = {round(float(store.runs[i].tr), 3) for i in set(clips.run.tolist())}
+    grid = store.grid
+    contract = weights.InputContract(
+        orientation=grid.orientation,
+        space=grid.space,
+        grid=grid.shape,
+        voxel_mm=grid.voxel_mm,
+        tr_seconds=times.pop() if len(times) == 1 else None,
+        frames=config.clip.frames,
+        stride_within=config.clip.stride_within,
+        normalisation=config.data.normalisation,
+        mask="box" if len(store.voxels) == grid.size else "template",
+    )
+    content = {
+        "input": contract.model_dump(mode="json"),
+        "store": {"version": store.version, "generated": store.generated},
+        "subjects": _hashes(store, splits),
+    }
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def export_checkpoint(run_dir: Path, folder: Path, step: int | None = None) -> Path:
+    """Write the weights of a checkpoint and their card into a new folder.
+
+    Args:
+        run_dir: a run directory.
+        folder: must not exist.
+        step: step of the checkpoint; the newest whole one when None.
+
+    Raises:
+        SwiftError: no such checkpoint, a damaged one, or the folder exists.
+    """
+    found = latest(run_dir) if step is None else next((c for c in list_checkpoints(run_dir) if c.step == step), None)
+    if found is None:
+        have = ", ".join(str(c.step) for c in list_checkpoints(run_dir)) or "none"
+        raise SwiftError(f"{run_dir}: no whole checkpoint{'' if step is None else f' of step {step}'}; there are: {have}")
+    verify_checkpoint(found.path)
+    config = load(PretrainConfig, run_dir / "config.yaml")
+    contract, environment = read_json(run_dir / CONTRACT), read_json(run_dir / "environment.json")
+    state = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(found.path / WEIGHTS).items()}
+    made_with = {name: environment[name] for name in ("swiftv2", "python", "packages", "git", "world_size")}
+    card: dict[str, Any] = {
+        "kind": "simmim",
+        "model": config.model.model_dump(mode="json"),
+        "mask": config.mask.model_dump(mode="json"),
+        "loss": config.loss.model_dump(mode="json"),
+        "input": contract["input"],
+        "subjects": contract["subjects"],
+        "provenance": {"step": found.step, "store": contract["store"], "made_with": made_with},
+    }
+    weights.export(folder, state, card)
+    return folder
+
+
+def _hashes(store: Store, splits: Splits) -> dict[str, Any] | None:
+    try:
+        names = {key: name for name, key in store.subject_ids().items() if "/" in name}
+    except SwiftError:
+        return None
+    return weights.hash_subjects((names[key] for key in splits.train), secrets.token_hex(16)).model_dump(mode="json")

@@ -1,0 +1,61 @@
+"""SimMIM on batches of packed voxels: what one micro-batch costs, as the engine's module."""
+
+import torch
+from torch import Tensor, nn
+
+from swiftv2.config.pretrain import PretrainConfig
+from swiftv2.data import keyed
+from swiftv2.data.batches import Batch
+from swiftv2.data.masks import Shape3, expand_mask
+from swiftv2.data.normalise import gather, normalise, scatter
+from swiftv2.models.simmim import SimMIM
+
+
+class Objective(nn.Module):
+    """Normalises a batch, makes dense volumes on the device and reconstructs what is hidden.
+
+    Args:
+        config: the whole configuration.
+        voxels: (V,) int64, flat C-order indices of the kept voxels in the grid.
+        grid_shape: (H, W, D).
+    """
+
+    def __init__(self, config: PretrainConfig, voxels: Tensor, grid_shape: Shape3) -> None:
+        super().__init__()
+        self.config = config
+        self.grid_shape = grid_shape
+        self.simmim = SimMIM(config.model, config.mask, config.loss, seed=config.run.seed)
+        self.register_buffer("voxels", voxels, persistent=False)
+        self.voxels: Tensor
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Mean over the clips of a micro-batch of their losses: a float32 scalar."""
+        return self.clip_losses(batch)[0].mean()
+
+    def clip_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """What SimMIM makes of a batch.
+
+        Returns:
+            Loss of each clip (B,) float32; the normalised signal and its reconstruction, both (B, T, V) float32.
+        """
+        signal, fill = normalise(batch, self.config.data.normalisation)
+        volume = scatter(signal, self.voxels, self.grid_shape, fill)
+        brain = scatter(batch.brain[:, None], self.voxels, self.grid_shape)[:, 0, ..., 0]
+        numbers = next(self.simmim.parameters()).dtype
+        output = self.simmim(volume.to(numbers), batch.mask, brain, self._drop_path(batch))
+        return output.clip_loss, signal, gather(output.reconstruction, self.voxels)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Hidden voxels of a batch, (B, T, V) bool."""
+        cell, frames = self.config.mask.patch_size, self.config.clip.frames
+        return expand_mask(batch.mask, self.voxels, self.grid_shape, cell, frames)
+
+    def _drop_path(self, batch: Batch) -> Tensor | None:
+        """Uniform numbers (B, branches) keyed by sample, so that no rank's running state decides what is dropped."""
+        if not self.training or self.config.model.drop_path == 0.0:
+            return None
+        rows = [
+            keyed.generator(self.config.run.seed, "drop_path", epoch, clip).random(self.simmim.encoder.branches)
+            for epoch, clip in zip(batch.epoch.tolist(), batch.clip.tolist(), strict=True)
+        ]
+        return torch.tensor(rows, dtype=torch.float32, device=batch.mask.device)
