@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from swiftv2.config.data import NormalisationConfig
-from swiftv2.data.normalise import gather, normalise, scatter
+from swiftv2.data.normalise import gather, normalise, scaling, scatter
 
 KINDS = ["none", "minmax", "znorm_zeroback", "znorm_minback", "robust", "per_voxel"]
 
@@ -128,6 +128,20 @@ def test_a_clip_without_brain_is_background_only(kind: str, scope: str) -> None:
     signal, fill = normalise(batch, NormalisationConfig.model_validate({"kind": kind, "scope": scope}))
     assert torch.isfinite(signal).all()
     assert (signal[0] == fill[0]).all()
+
+
+@pytest.mark.parametrize(("kind", "scope"), list(itertools.product(KINDS, ["run", "clip"])))
+def test_scaled_values_come_back_to_source_units(kind: str, scope: str) -> None:
+    config = NormalisationConfig.model_validate({"kind": kind, "scope": scope})
+    batch = _packed()
+    batch.bold[0, :, 3] = 2000
+    batch.brain[0, 3] = True
+    signal, fill = normalise(batch, config)
+    scale = scaling(batch, config)
+    source = batch.bold * batch.slope.view(-1, 1, 1) + batch.intercept.view(-1, 1, 1)
+    inside = batch.brain[:, None].expand_as(source)
+    torch.testing.assert_close(scale.to_source(signal)[inside], source[inside], rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(scale.fill, fill, rtol=0, atol=0)
 
 
 def test_the_batch_itself_is_left_as_it_was() -> None:
