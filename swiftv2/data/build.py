@@ -20,7 +20,7 @@ from swiftv2 import __version__
 from swiftv2.config.data import GridConfig
 from swiftv2.data import layout
 from swiftv2.data.discover import discover
-from swiftv2.data.ingest import Candidate, stage, stage_refusal, take_run
+from swiftv2.data.ingest import Candidate, Taken, stage, stage_refusal, take_run
 from swiftv2.data.keys import salt_id, subject_key
 from swiftv2.data.nifti import RefusedError
 from swiftv2.data.plan_build import Options, Plan, Refused, choose_salt, inspect, make_plan, reasons, source_digest
@@ -157,7 +157,8 @@ def _already_built(store: Path, digest: str) -> BuildReport | None:
     if layout.read_attributes(store).get("sources") != digest:
         raise UsageError(f"{store} holds a store of other files or options: give another folder, or remove it first")
     shutil.rmtree(store / layout.STAGING, ignore_errors=True)
-    lines = (store / layout.REPORT_FILE).read_text(encoding="utf-8").splitlines()
+    report = store / layout.REPORT_FILE  # The owner may have removed it, since it names subjects.
+    lines = report.read_text(encoding="utf-8").splitlines() if report.is_file() else []
     entries = [json.loads(line) for line in lines]
     refused = tuple((entry["run"], entry["reason"]) for entry in entries if entry["status"] == "refused")
     return _report(store, Store.open(store).runs, refused, nothing_to_do=True)
@@ -224,10 +225,20 @@ def _work(
         except RefusedError as refusal:
             stage_refusal(staged, candidate.row, str(refusal))
         else:
-            written = layout.write_bold(store, taken.run.dtype, candidate.row, taken.bold)
-            stage(staged, taken, written)
+            _write(store, taken)
         if progress is not None and ranks.rank == 0:
             progress(_progress(staged, plan))
+
+
+def _write(store: Path, taken: Taken) -> None:
+    try:
+        written = layout.write_bold(store, taken.run.dtype, taken.run.row, taken.bold)
+        stage(_rows_folder(store), taken, written)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise SwiftError(
+            f"store {store} cannot be written ({reason}): mend that and build again, it goes on"
+        ) from error
 
 
 def _left(staged: Path, plan: Plan) -> list[Candidate]:

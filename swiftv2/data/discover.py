@@ -105,7 +105,8 @@ def discover(source: str | Path, labels: Path | None = None) -> Discovery:
     if table is None and (root / "participants.tsv").is_file():
         table = root / "participants.tsv"
     rows = _read_labels(table) if table is not None else ()
-    found = (_describe(path, root, rows) for path in paths)
+    by_file = {row.file: row for row in rows if row.file}
+    found = (_describe(path, root, by_file) for path in paths)
     return Discovery(tuple(sorted(found, key=lambda one: one.relative)), rows, _is_generated(root))
 
 
@@ -120,11 +121,11 @@ def _entities(stem: str) -> dict[str, str]:
     return dict(re.findall(r"(?:^|_)([a-zA-Z]+)-([a-zA-Z0-9+.]+)", stem))
 
 
-def _describe(path: Path, root: Path, rows: tuple[LabelRow, ...]) -> Source:
+def _describe(path: Path, root: Path, by_file: dict[str, LabelRow]) -> Source:
     relative = path.relative_to(root).as_posix()
     stem = _stem(path)
     entities = _entities(stem)
-    row = next((row for row in rows if row.file and row.file in (relative, path.name)), None)
+    row = by_file.get(relative) or by_file.get(path.name)
     others = {name: value for name, value in entities.items() if name not in _NOT_OF_THE_RUN}
     joined = others["run"] if set(others) == {"run"} else "_".join(f"{name}-{value}" for name, value in others.items())
     prefix = stem.removesuffix(_PREPROCESSED) if stem.endswith(_PREPROCESSED) else None
