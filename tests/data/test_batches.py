@@ -3,20 +3,25 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
+import nitime
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from swiftv2.config.data import ClipConfig, NormalisationConfig
+from swiftv2.config.data import ClipConfig, GridConfig, NormalisationConfig
 from swiftv2.config.model import MaskConfig
 from swiftv2.data import keyed
 from swiftv2.data.batches import Batch, BatchReader, RunTable, common_dtype, evaluation_batches
+from swiftv2.data.build import build
 from swiftv2.data.clips import index_clips, spread_clips
 from swiftv2.data.masks import brain_cells, draw_mask
+from swiftv2.data.normalise import gather, normalise, scaling, scatter
 from swiftv2.data.order import SampleOrder
+from swiftv2.data.store import Store
 from swiftv2.errors import SwiftError
 
 CLIP = ClipConfig(frames=6, stride_within=2, stride_between=0.5)
@@ -302,6 +307,30 @@ def test_an_evaluation_counts_every_clip_once_on_any_world_size(world: int, max_
     cells = brain_cells(source.voxels, (6, 5, 4), MASK.patch_size)
     clip = expected[-1]
     assert masks[clip] == draw_mask(MASK, (3, 3, 2, 3), cells, keyed.generator(5, "evaluate", clip)).tolist()
+
+
+def test_real_bold_comes_out_of_a_store_and_back_into_its_volumes(tmp_path: Path) -> None:
+    """Packed, scattered and gathered again, clips of two real runs are the frames of the store."""
+    grid = GridConfig(kind="source", mask="box", space="scanner-of-the-package")
+    table = tmp_path / "labels.csv"
+    table.write_text("subject,file\nfirst,fmri1.nii.gz\nsecond,fmri2.nii.gz\n")
+    files = str(Path(nitime.__file__).parent / "data" / "fmri*.nii.g[z]")
+    build(files, tmp_path / "store", grid, "real", labels=table)
+    store = Store.open(tmp_path / "store")
+    clips = index_clips(store.runs, ClipConfig(frames=8, stride_within=2, stride_between=0.3))
+    options: dict[str, Any] = {"seed": 0, "micro_batch": 3, "threads": 3}
+    per_voxel = NormalisationConfig(kind="per_voxel")
+    voxels = torch.from_numpy(store.voxels)
+    with BatchReader(store, clips, SampleOrder(0, len(clips)), MASK, per_voxel, **options) as reader:
+        for batch in itertools.islice(reader, 4):
+            for i, (clip, start) in enumerate(zip(batch.clip.tolist(), batch.start.tolist(), strict=True)):
+                np.testing.assert_array_equal(batch.bold[i], store.read_bold(int(clips.run[clip]), start, 8, 2))
+            signal, fill = normalise(batch, per_voxel)
+            volume = scatter(signal, voxels, store.grid.shape, fill)
+            torch.testing.assert_close(gather(volume, voxels), signal, rtol=0, atol=0)
+            whole = scaling(batch, NormalisationConfig(scope="clip")).centre.flatten()
+            # A clip's mean lies near its run's: real BOLD moves by percents.
+            torch.testing.assert_close(whole, batch.statistics[:, 0], rtol=0.02, atol=0.0)
 
 
 def test_the_table_numbers_subjects_and_cohorts_by_name() -> None:
