@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from swiftv2.config.engine import EngineConfig
 from swiftv2.config.model import OptimizerConfig
@@ -45,7 +46,8 @@ def deepspeed_config(config: EngineConfig, micro_batch: int, accumulation: int) 
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.gradient_clipping,
+        # Without a wrapper of its own DeepSpeed's clipping fails on a skipped step: the backend clips there itself.
+        "gradient_clipping": 0.0 if _unwrapped(config) else config.gradient_clipping,
         "zero_optimization": {
             "stage": config.zero_stage,
             "reduce_bucket_size": config.reduce_bucket_size,
@@ -78,7 +80,7 @@ class ZeroBackend(Backend):
     ) -> None:
         super().__init__(module.to(world.device), world, accumulation)
         self.config = config
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        _calm_logging()
         if world.device.type == "cpu":
             # DeepSpeed would compile a shared-memory all-reduce for minutes; gloo gives the same sums.
             deepspeed.ops.__compatible_ops__ = {}
@@ -115,18 +117,20 @@ class ZeroBackend(Backend):
     def _step(self, lr: float) -> tuple[float, bool]:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        if self.config.zero_stage == 0 and self.config.precision == "fp32":
+        if _unwrapped(self.config):
             return self._step_unwrapped()
         self.engine.step()
         return float(self.engine.get_global_grad_norm()), not self.engine.was_step_applied()
 
     def _step_unwrapped(self) -> tuple[float, bool]:
-        """Stage 0 in fp32 steps our AdamW itself and looks at no overflow: look here."""
+        """Our AdamW steps without DeepSpeed's wrapper, which would look at overflow and norm: do so here."""
         norm = get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         skipped = not torch.isfinite(norm).item()
         if skipped:
             for parameter in self.parameters.values():
                 parameter.grad = None
+        elif self.config.gradient_clipping > 0:
+            clip_grads_with_norm_(self.parameters.values(), self.config.gradient_clipping, norm)
         self.engine.step()
         return norm.item(), skipped
 
@@ -206,6 +210,20 @@ class ZeroBackend(Backend):
         # The loaded tensors are new ones: link them, as they are, to the parameters.
         self._create_state(self._adam_steps())
         return True
+
+
+def _unwrapped(config: EngineConfig) -> bool:
+    """Whether DeepSpeed leaves AdamW as it is: stage 0 in fp32."""
+    return config.zero_stage == 0 and config.precision == "fp32"
+
+
+def _calm_logging() -> None:
+    """Warnings only, and on standard error."""
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
 
 
 def _quiet() -> contextlib.redirect_stdout[io.StringIO]:
