@@ -108,9 +108,7 @@ def build(
         return known
     mine = _together(ranks, lambda: [inspect(one, options) for one in discovery.sources[ranks.rank :: ranks.size]])
     parts = ranks.gather(mine)
-    plan = _on_first(
-        ranks, lambda: _begin(store, make_plan(discovery, _interleave(parts or []), options, chosen), options)
-    )
+    plan = _on_first(ranks, lambda: _begin(store, make_plan(discovery, _interleave(parts or []), options, chosen), options))
     _together(ranks, lambda: _work(store, plan, options, ranks, progress))
     runs, refused = _on_first(ranks, lambda: _collect(store, plan, options, strict=strict))
     _together(ranks, lambda: _assemble(store, runs, len(plan.candidates), ranks))
@@ -182,9 +180,7 @@ def _begin(store: Path, plan: Plan, options: Options) -> Plan:
     kept = store / layout.STAGING / "plan.json"
     if kept.is_file():
         if json.loads(kept.read_text(encoding="utf-8")) != state:
-            raise UsageError(
-                f"{store} is an unfinished store of other files or options: remove it or give another folder"
-            )
+            raise UsageError(f"{store} is an unfinished store of other files or options: remove it or give another folder")
     else:
         _claim(store)
         layout.write_file(kept, json.dumps(state).encode(), layout.PRIVATE)
@@ -212,16 +208,12 @@ def _claim(store: Path) -> None:
         raise SwiftError(f"{store} cannot be made ({error.strerror}): choose a folder you may write to") from error
 
 
-def _work(
-    store: Path, plan: Plan, options: Options, ranks: Communicator, progress: Callable[[Progress], None] | None
-) -> None:
+def _work(store: Path, plan: Plan, options: Options, ranks: Communicator, progress: Callable[[Progress], None] | None) -> None:
     """Take this rank's share of the runs that are not done: dealt largest first to the rank with the least so far."""
     staged = _rows_folder(store)
     for candidate in _share(_on_first(ranks, lambda: _left(staged, plan)), ranks):
         try:
-            taken = take_run(
-                candidate, plan.grid, plan.voxels, resample=options.grid.resample, keep_float=options.keep_float
-            )
+            taken = take_run(candidate, plan.grid, plan.voxels, resample=options.grid.resample, keep_float=options.keep_float)
         except RefusedError as refusal:
             stage_refusal(staged, candidate.row, str(refusal))
         else:
@@ -236,9 +228,7 @@ def _write(store: Path, taken: Taken) -> None:
         stage(_rows_folder(store), taken, written)
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise SwiftError(
-            f"store {store} cannot be written ({reason}): mend that and build again, it goes on"
-        ) from error
+        raise SwiftError(f"store {store} cannot be written ({reason}): mend that and build again, it goes on") from error
 
 
 def _left(staged: Path, plan: Plan) -> list[Candidate]:
@@ -319,9 +309,7 @@ def _assemble(store: Path, runs: tuple[Run, ...], rows: int, ranks: Communicator
                 with np.load(_rows_folder(store) / f"{run.row}.npz") as content:
                     loaded[run.row] = dict(content)
         for small in layout.SMALL_ARRAYS:
-            layout.write_rows(
-                store, small, first, last, {row: content.get(small.name) for row, content in loaded.items()}
-            )
+            layout.write_rows(store, small, first, last, {row: content.get(small.name) for row, content in loaded.items()})
 
 
 def _finish(store: Path, plan: Plan, runs: tuple[Run, ...], refused: tuple[Refused, ...]) -> BuildReport:

@@ -20,9 +20,7 @@ _NOT_OF_THE_RUN = ("sub", "ses", "task", "space", "res", "desc", "den", "cohort"
 _SUBJECT_COLUMNS = ("participant_id", "subject", "subject_id", "sub", "eid", "id")
 _FILE_COLUMNS = ("file", "filename", "path")
 _MISSING = ("", "n/a", "na", "nan", "none")
-NATIVE_SPACES = frozenset(
-    {"t1w", "t2w", "anat", "func", "bold", "boldref", "epi", "native", "orig", "scanner", "individual"}
-)
+NATIVE_SPACES = frozenset({"t1w", "t2w", "anat", "func", "bold", "boldref", "epi", "native", "orig", "scanner", "individual"})
 
 
 @dataclass(frozen=True)
@@ -170,9 +168,7 @@ def _read_labels(path: Path) -> tuple[LabelRow, ...]:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             table = list(csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ","))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(
-            f"label table {path} cannot be read ({type(error).__name__}): give a TSV or CSV file"
-        ) from error
+        raise UsageError(f"label table {path} cannot be read ({type(error).__name__}): give a TSV or CSV file") from error
     columns = {name.strip().lower(): name for name in (table[0] if table else {}) if name}
     subject = next((columns[name] for name in _SUBJECT_COLUMNS if name in columns), None)
     if subject is None:

@@ -117,9 +117,7 @@ def mni152_grid(voxel_mm: float, orientation: str, space: str) -> Grid:
         UsageError: the space is not an MNI152 one, or the voxel edge does not divide the cube or is too coarse.
     """
     if not space.startswith("MNI152"):
-        raise UsageError(
-            f"grid.kind=mni152 cannot hold the space '{space}': name an MNI152 space or say grid.kind=source"
-        )
+        raise UsageError(f"grid.kind=mni152 cannot hold the space '{space}': name an MNI152 space or say grid.kind=source")
     count = round(CUBE_MM / voxel_mm)
     if abs(count * voxel_mm - CUBE_MM) > 1e-6 or voxel_mm > 2 * SLACK_MM:
         raise UsageError(f"grid.voxel_mm={voxel_mm:g} does not divide the 192 mm cube: 1, 1.5, 1.6, 2, 2.4, 3, 4, 6 do")
@@ -222,9 +220,7 @@ def place(grid: Grid, voxels: npt.NDArray[np.integer], shape: tuple[int, int, in
     shift = np.rint(wanted - turn @ middle)
     corners = np.asarray(list(np.ndindex(2, 2, 2))) * (np.asarray(grid.shape) - 1)
     drift = corners @ (mapping[:3, :3] - turn).T + (mapping[:3, 3] - shift)
-    permutes = bool(
-        np.array_equal(np.abs(turn).sum(axis=0), np.ones(3)) and abs(round(float(np.linalg.det(turn)))) == 1
-    )
+    permutes = bool(np.array_equal(np.abs(turn).sum(axis=0), np.ones(3)) and abs(round(float(np.linalg.det(turn)))) == 1)
     exact = permutes and float(np.abs(drift).max()) <= TOLERANCE_VOXELS
     index = grid.indices(voxels).astype(np.float64)
     coordinates = index @ turn.T + shift if exact else _apply(mapping, index)

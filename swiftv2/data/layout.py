@@ -212,7 +212,5 @@ def read_attributes(store: Path) -> dict[str, Any]:
     if not isinstance(attributes, dict) or "format" not in attributes:
         raise SwiftError(f"{store} is a Zarr group but no swiftv2 store: build one with `swiftv2 store build`")
     if attributes["format"] != FORMAT:
-        raise SwiftError(
-            f"store {store} has format {attributes['format']}, this swiftv2 reads {FORMAT}: update swiftv2"
-        )
+        raise SwiftError(f"store {store} has format {attributes['format']}, this swiftv2 reads {FORMAT}: update swiftv2")
     return dict(attributes)

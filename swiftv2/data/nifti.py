@@ -76,9 +76,7 @@ def _checked_affine(image: Any) -> FloatArray:
     header = image.header
     codes = int(header["sform_code"]), int(header["qform_code"])
     if codes == (0, 0):
-        raise RefusedError(
-            "no orientation: sform_code and qform_code are both 0; set them where left and right are known"
-        )
+        raise RefusedError("no orientation: sform_code and qform_code are both 0; set them where left and right are known")
     affine = np.asarray(image.affine, dtype=np.float64)
     if not np.isfinite(affine).all() or abs(float(np.linalg.det(affine[:3, :3]))) < 1e-6:
         raise RefusedError("the affine is singular or not finite")

@@ -73,9 +73,7 @@ class Plan:
 def inspect(source: Source, options: Options) -> Inspected:
     """Read what the header and the side-car of a file say, or why it is refused."""
     if not source.subject:
-        return Inspected(
-            source, refusal="no subject: its name has no sub-, and the label table has no line with its file"
-        )
+        return Inspected(source, refusal="no subject: its name has no sub-, and the label table has no line with its file")
     try:
         stated, space = sidecar_facts(source.sidecar)
         header = read_header(source.path)
@@ -170,8 +168,7 @@ def _without_twins(inspected: list[Inspected]) -> list[Inspected]:
     counts = Counter(identity(one) for one in inspected if one.refusal is None)
     reason = "several files of one run (subject, session, task, run): give a glob that takes one of them"
     return [
-        Inspected(one.source, refusal=reason) if one.refusal is None and counts[identity(one)] > 1 else one
-        for one in inspected
+        Inspected(one.source, refusal=reason) if one.refusal is None and counts[identity(one)] > 1 else one for one in inspected
     ]
 
 

@@ -28,9 +28,7 @@ class RunStatistics:
         return astuple(self)
 
 
-def run_statistics(
-    bold: npt.NDArray[Any], brain: npt.NDArray[np.bool_], slope: float, intercept: float
-) -> RunStatistics:
+def run_statistics(bold: npt.NDArray[Any], brain: npt.NDArray[np.bool_], slope: float, intercept: float) -> RunStatistics:
     """Global and robust statistics of a run; standard deviation of the population, quantiles by linear interpolation.
 
     Args:
@@ -93,9 +91,7 @@ def voxel_statistics(
     )
 
 
-def is_cleaned(
-    voxel_mean: npt.NDArray[np.float32], voxel_std: npt.NDArray[np.float32], brain: npt.NDArray[np.bool_]
-) -> bool:
+def is_cleaned(voxel_mean: npt.NDArray[np.float32], voxel_std: npt.NDArray[np.float32], brain: npt.NDArray[np.bool_]) -> bool:
     """Whether the run's voxels have a mean of zero, as detrending, filtering or regression leave them."""
     level = float(np.median(np.abs(voxel_mean[brain])))
     return level < _CLEANED_SHARE * float(np.median(voxel_std[brain]))

@@ -135,9 +135,7 @@ class Store:
             try:
                 arrays[name] = zarr.open_array(LocalStore(folder / name, read_only=True), mode="r")
             except _READ_FAILURES as error:
-                raise SwiftError(
-                    f"store {folder}: array {name} is missing or damaged: restore it from a copy"
-                ) from error
+                raise SwiftError(f"store {folder}: array {name} is missing or damaged: restore it from a copy") from error
         return cls(folder, attributes, runs, arrays)
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
@@ -166,17 +164,13 @@ class Store:
         stop = start + (frames - 1) * stride + 1
         what = f"run {run.key}, frames {start} to {stop - 1}"
         if start < 0 or frames < 1 or stride < 1 or stop > run.frames:
-            raise SwiftError(
-                f"store {self.path}: {what} asked for, but the run has {run.frames}: rebuild the clip index"
-            )
+            raise SwiftError(f"store {self.path}: {what} asked for, but the run has {run.frames}: rebuild the clip index")
         if run.withdrawn:
             raise SwiftError(f"store {self.path}: run {run.key} was withdrawn: exclude it")
         bold = self._read(f"bold/{run.dtype}", (run.row, slice(start, stop, stride)), what)
         # Zarr reads an absent file as zeros, so frames without any number raise the question whether it is there.
         if not bold.any(axis=1).all() and not self._has_shards(run, start, stop):
-            raise SwiftError(
-                f"store {self.path}: {what}: the shard file is missing; restore it or build the store again"
-            )
+            raise SwiftError(f"store {self.path}: {what}: the shard file is missing; restore it or build the store again")
         return bold
 
     def brain(self, run_index: int) -> npt.NDArray[np.bool_]:
@@ -233,9 +227,7 @@ class Store:
         try:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise SwiftError(
-                f"{path} cannot be read: it holds ids and labels, readable by the store's owner only"
-            ) from error
+            raise SwiftError(f"{path} cannot be read: it holds ids and labels, readable by the store's owner only") from error
         return content
 
     def _row(self, name: str, run_index: int) -> npt.NDArray[Any]:

@@ -79,9 +79,7 @@ def save_run(
     return path
 
 
-def flipped(
-    data: npt.NDArray[Any], affine: npt.NDArray[np.float64]
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
+def flipped(data: npt.NDArray[Any], affine: npt.NDArray[np.float64]) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
     """The same image with its first axis stored the other way round."""
     turn = np.diag([-1.0, 1.0, 1.0, 1.0])
     turn[0, 3] = data.shape[0] - 1
@@ -90,6 +88,4 @@ def flipped(
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All files below a folder."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -125,9 +125,7 @@ def test_repetition_time(stated: float | None, in_header: float | None, expected
         (2.0, None, 0.8, "is expected"),
     ],
 )
-def test_repetition_time_refused(
-    stated: float | None, in_header: float | None, expected: float | None, reason: str
-) -> None:
+def test_repetition_time_refused(stated: float | None, in_header: float | None, expected: float | None, reason: str) -> None:
     with pytest.raises(RefusedError, match=reason):
         repetition_time(stated, header_with(in_header), expected)
 

@@ -41,9 +41,7 @@ def test_already_cleaned_data_are_told(level: float, cleaned: bool) -> None:
     assert is_cleaned(mean, std, brain) is cleaned
 
 
-@pytest.mark.parametrize(
-    "dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "float32", "float64"]
-)
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "float32", "float64"])
 def test_whole_numbers_stay_exact(dtype: str) -> None:
     numbers = np.arange(120).reshape(6, 20).astype(dtype)
     stored = to_stored(numbers, 0.25, 7.0)

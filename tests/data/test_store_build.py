@@ -140,9 +140,7 @@ def test_confounds_and_labels_join(built: Path) -> None:
     for run, labels in zip(store.runs, store.labels(), strict=True):
         number = next(n for n in range(9) if keys[f"demo/x{n}"] == run.subject)
         assert labels == {"age": str(20 + number), "sex": None}
-        assert (
-            keys[f"x{number}"] == keys[f"sub-x{number}"] == store.subject_key("demo", f"sub-x{number}") == run.subject
-        )
+        assert keys[f"x{number}"] == keys[f"sub-x{number}"] == store.subject_key("demo", f"sub-x{number}") == run.subject
 
 
 def test_ids_are_in_private_files_only(built: Path) -> None:
