@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from swiftv2.models.geometry import Grid, Partition, window_coordinates
+from swiftv2.models.geometry import Grid, Partition, untraced, window_coordinates
 
 HARDWARE_MULTIPLE = 8
 """CUDA's fused kernels take masks only at head dimensions that this divides; others are padded with zeros."""
@@ -70,6 +70,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, cut: Partition) -> Tensor
     return out[..., :head_dim] if missing else out
 
 
+@untraced
 @lru_cache(maxsize=64)
 def rotary_tables(window: Grid, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines (length, head_dim / 2), float32, of the positions inside a window.

@@ -6,10 +6,10 @@ backward pass of the one is the forward pass of the other.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from torch import Tensor
 from swiftv2.config.model import ModelConfig
 
 Grid = tuple[int, int, int, int]
+Function = TypeVar("Function", bound=Callable[..., Any])
 AXES = 4
 REGION_PENALTY = -100.0
 """Added to the logit of a key of another region in shifted windows; the published models were trained with it."""
@@ -55,6 +56,12 @@ class WindowSpec:
     def length(self) -> int:
         """Tokens of one window, padded ones counted."""
         return math.prod(self.window)
+
+
+def untraced(function: Function) -> Function:
+    """Keep torch.compile from tracing what is looked up in a cache."""
+    disabled: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 def as_grid(sizes: Sequence[int]) -> Grid:

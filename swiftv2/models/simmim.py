@@ -47,7 +47,7 @@ class SimMIM(nn.Module):
                 f"mask.patch_size={mask.patch_size} must be a multiple of model.patch_size={model.patch_size} on every axis"
             )
         self.config, self.mask_config, self.loss_config = model, mask, loss
-        self.encoder = Swin4D(model)
+        self.encoder = Swin4D(model, seed=None)
         self.mask_token = nn.Parameter(torch.zeros(model.embed_dim))
         self.decoder = make_decoder(model, self.encoder.width)
         initialise(self, seed)

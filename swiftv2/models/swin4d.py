@@ -16,7 +16,7 @@ from swiftv2.config.load import build
 from swiftv2.config.model import ModelConfig
 from swiftv2.errors import SwiftError
 from swiftv2.models.blocks import Block, DecoupledBlock, PatchMerging
-from swiftv2.models.geometry import Grid, Partition, block_specs, partition, split_axes, stage_grids
+from swiftv2.models.geometry import Grid, Partition, block_specs, partition, split_axes, stage_grids, untraced
 from swiftv2.models.initialise import initialise
 from swiftv2.models.swift_v1 import encoder_tensors, v1_tree
 
@@ -98,13 +98,13 @@ class Swin4D(nn.Module):
 
     Args:
         config: architecture; the decoder's part of it is ignored here.
-        seed: where the first values of the parameters come from; nothing else is drawn.
+        seed: where the first values of the parameters come from, and they alone; None leaves them to a model around it.
 
     Raises:
         SwiftError: the configuration asks for what SwiFT v1 cannot do.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, seed: int | None = 0) -> None:
         super().__init__()
         self.config = config
         grids = stage_grids(config)
@@ -122,7 +122,8 @@ class Swin4D(nn.Module):
         self.layers = nn.ModuleList(stages)
         # SwiFT v1 carries this norm in its weights and never applies it.
         self.norm = nn.LayerNorm(self.width)
-        initialise(self, seed)
+        if seed is not None:
+            initialise(self, seed)
 
     @property
     def width(self) -> int:
@@ -163,21 +164,28 @@ class Swin4D(nn.Module):
         x = self.patch_embed(volume.to(self.patch_embed.fc.weight.dtype))
         if hidden is not None and token is not None:
             x = torch.where(hidden[..., None], token.to(x.dtype), x)
-        for stage, (layer, grid) in enumerate(zip(self.layers, grids, strict=True)):
+        cuts = self._cuts(grids, x.shape[0], x.device, x.dtype)
+        for stage, layer in enumerate(self.layers):
             if self.config.absolute_position:
                 x = self.pos_embeds[stage](x)
-            cuts = [
-                [
-                    partition(spec, x.shape[0], x.device, x.dtype)
-                    for spec in block_specs(self.config, stage, block, grid)
-                ]
-                for block in range(self.config.depths[stage])
-            ]
-            x = layer(x, cuts, uniforms[stage])
+            x = layer(x, cuts[stage], uniforms[stage])
         if self.config.variant != "swift_v1":
             x = self.norm(x)
         features: Tensor = x.permute(0, 5, 1, 2, 3, 4).contiguous()
         return features
+
+    @untraced
+    def _cuts(
+        self, grids: list[Grid], batch: int, device: torch.device, dtype: torch.dtype
+    ) -> list[list[list[Partition]]]:
+        """Window cuts by stage, block and attention."""
+        return [
+            [
+                [partition(spec, batch, device, dtype) for spec in block_specs(self.config, stage, block, grid)]
+                for block in range(self.config.depths[stage])
+            ]
+            for stage, grid in enumerate(grids)
+        ]
 
     def _grids(self, volume: Tensor) -> list[Grid]:
         if volume.ndim != 6 or volume.shape[1] != self.config.in_channels:
