@@ -140,6 +140,10 @@ class Backend(ABC):
                 self._assign(kind, {name: moments.get_tensor(f"{kind}/{name}") for name in self.parameters})
             self._finish_assignment(int(moments.get_tensor("step")))
 
+    def generated_config(self) -> dict[str, Any] | None:
+        """The configuration made from ours for a library below (DeepSpeed); None where there is none."""
+        return None
+
     def close(self) -> None:
         """Release what the backend holds beside the module."""
         return

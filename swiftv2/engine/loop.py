@@ -76,6 +76,9 @@ def fit(
         SwiftError: a checkpoint is damaged beyond help, cannot be written, or another process took the run over.
     """
     state = _resume(backend, world, run, train, schedule, seed)
+    generated = backend.generated_config()
+    if generated is not None:
+        run.document("deepspeed.json", generated)
     meter = Meter(train.global_batch, train.max_steps)
     values: dict[str, float] = {}
     saved: Path | None = None

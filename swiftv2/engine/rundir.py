@@ -111,6 +111,11 @@ class RunDirectory:
         line = {"step": step, "attempt": self.attempt, "time": time.time(), "event": kind, **values}
         self._append("events.jsonl", line)
 
+    def document(self, name: str, values: Mapping[str, Any]) -> None:
+        """Write a JSON file of the run directory, whole (rank 0)."""
+        if self._writes:
+            write_atomically(self.path / name, json.dumps(values, indent=1) + "\n")
+
     def close(self) -> None:
         """Give the lease back."""
         if self.lease is not None:
@@ -128,12 +133,15 @@ class RunDirectory:
         if not self._writes:
             return
         data = (json.dumps({key: _finite(value) for key, value in line.items()}, allow_nan=False) + "\n").encode()
-        # One write to a descriptor in append mode: lines of a kill may be cut, but are never mixed.
-        descriptor = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            written = os.write(descriptor, data)
-        finally:
-            os.close(descriptor)
+            # One write to a descriptor in append mode: lines of a kill may be cut, but are never mixed.
+            descriptor = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                written = os.write(descriptor, data)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise SwiftError(f"{self.path / name}: cannot be written ({error.strerror})") from error
         if written != len(data):
             raise SwiftError(f"{self.path / name}: only part of a line could be written: is the disk full?")
 
@@ -259,8 +267,8 @@ def _git_state() -> dict[str, Any] | None:
 
 def _resume_script(world: World) -> str:
     """A shell script that starts the same command again in the same way."""
-    words = list(sys.orig_argv)
-    interpreter, rest = words[0], words[1:]
+    interpreter, rest = sys.executable, sys.orig_argv[1:]
+    words = [interpreter, *rest]
     single = int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1
     if world.launcher == "torchrun":
         meeting = (

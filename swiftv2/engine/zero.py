@@ -87,12 +87,10 @@ class ZeroBackend(Backend):
         self.optimizer = adamw(self.parameters, decay, optimizer)
         # DeepSpeed's one way to gather in the ZeRO step; PyTorch renamed it and says so at every rank's first step.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.all_gather_into_tensor` is deprecated", FutureWarning)
+        self._generated = deepspeed_config(config, micro_batch, accumulation)
         with _quiet():
             self.engine, *_ = deepspeed.initialize(
-                model=module,
-                optimizer=self.optimizer,
-                config=deepspeed_config(config, micro_batch, accumulation),
-                dist_init_required=False,
+                model=module, optimizer=self.optimizer, config=self._generated, dist_init_required=False
             )
         # Before this, the groups held the module's parameters; DeepSpeed put its own fp32 ones in their place.
         self._create_state()
@@ -102,6 +100,10 @@ class ZeroBackend(Backend):
         """DeepSpeed's files fit only the stage, precision, world size and version that wrote them."""
         stage, precision = self.config.zero_stage, self.config.precision
         return f"deepspeed-{version('deepspeed')}-zero{stage}-{precision}-ranks{self.world.size}"
+
+    def generated_config(self) -> dict[str, Any]:
+        """DeepSpeed's configuration."""
+        return self._generated
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the module."""

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from swiftv2.config.engine import EngineConfig
 from swiftv2.config.model import OptimizerConfig
-from swiftv2.engine.launch import Place, find_place, first_host
+from swiftv2.engine.launch import Place, find_place, first_host, start, stop
 from swiftv2.engine.optimizer import adamw, set_learning_rate
 from swiftv2.errors import SwiftError
 
@@ -127,3 +128,34 @@ def test_decay_leaves_the_others_alone() -> None:
     optimizer.step()
     torch.testing.assert_close(module.weight.detach(), weight * 0.95)
     assert torch.equal(module.bias.detach(), before)
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"zero_stage": 0}, "zero_stage=0 with precision=bf16 cannot sum gradients in fp32"),
+        ({"precision": "fp32", "gradient_accumulation_dtype": "bf16"}, "needs precision=bf16"),
+    ],
+)
+def test_combinations_that_do_not_exist_are_refused(values: dict[str, object], part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        EngineConfig.model_validate(values)
+
+
+def test_a_missing_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SwiftError, match="PyTorch finds no GPU"):
+        start(EngineConfig(device="cuda"))
+
+
+def test_alone_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_RANK", "DS_ACCELERATOR"):  # start() sets them: take them back afterwards
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    world = start(EngineConfig(device="cpu"))
+    try:
+        assert (world.rank, world.size, world.launcher, world.device.type) == (0, 1, "alone", "cpu")
+        assert torch.distributed.is_initialized()
+    finally:
+        stop()
+    assert not torch.distributed.is_initialized()

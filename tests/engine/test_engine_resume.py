@@ -84,7 +84,9 @@ def test_killed_damaged_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
     damaged = next((newest.path / "deepspeed").glob("zero_pp_rank_1_*"))
     _flip_a_bit(damaged)
 
-    _run(2, disturbed, _options(ZERO2, **steps))
+    script = str(disturbed / "resume.sh")
+    done = subprocess.run([script], env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
     assert str(damaged) in _events(disturbed, "checkpoint_damaged")[0]["problem"]
     assert _events(disturbed, "resumed")[0]["step"] == newest.step - 4
@@ -98,10 +100,13 @@ def test_killed_damaged_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
 
 
 def _another_world_size(two_ranks: Path, reference: Path, steps: dict[str, int]) -> None:
-    """What two ranks saved goes on on one, whose losses equal those of a run on one rank from the beginning."""
+    """What two ranks saved goes on on one, whose losses equal those of a plain run on one rank from the beginning."""
     longer = steps | {"max_steps": 30}
     _run(1, two_ranks, _options(ZERO2, **longer))
     _run(1, reference, _options(PLAIN, **longer))
+    generated = json.loads((two_ranks / "deepspeed.json").read_text())
+    assert (generated["zero_optimization"]["stage"], generated["data_types"]["grad_accum_dtype"]) == (2, "fp32")
+    assert generated["train_micro_batch_size_per_gpu"] == 8
     assert _events(two_ranks, "config_changed")[0]["key"] == "train.max_steps"
     assert _losses(two_ranks) == pytest.approx(_losses(reference), rel=1e-6)
 

@@ -50,6 +50,8 @@ def survival(settings: Settings, world: World, folder: Path) -> dict[str, Any]:
     train(first, world, 0, 5)
     on_first(lambda: folder.mkdir(parents=True), world)
     first.save(folder)
+    with torch.no_grad():  # as an evaluation does, past the backend
+        first.module(next(batches(0, world, 1)))
     undisturbed = train(first, world, 5, 4)
     expected = weights(first)
     layout = first.layout
