@@ -25,6 +25,7 @@ from swiftv2.errors import SwiftError, UsageError
 
 CHANGEABLE = (
     "run.dir",
+    "data.store",
     "train.max_steps",
     "train.micro_batch",
     "train.log_every",
@@ -42,7 +43,10 @@ CHANGEABLE = (
     "engine.overlap_comm",
     "engine.contiguous_gradients",
 )
-"""Keys, or whole sections, that may differ when a run is resumed: they leave its samples and its mathematics alone."""
+"""Keys, or whole sections, that may differ when a run is resumed: they leave its samples and its mathematics alone.
+
+A store may move; the recipe checks that its content is the same.
+"""
 
 FOLDERS = ("checkpoints", "logs", "figures")
 PACKAGES = ("torch", "deepspeed", "zarr", "numpy", "safetensors", "mpi4py")

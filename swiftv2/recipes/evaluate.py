@@ -14,10 +14,11 @@ from swiftv2.data.clips import ClipIndex
 from swiftv2.data.store import Store
 from swiftv2.engine.files import write_atomically
 from swiftv2.engine.launch import World
-from swiftv2.recipes.baselines import MODEL, CohortScore, FluctuationScore, time_interpolation, visible_mean
+from swiftv2.recipes.baselines import METHODS, MODEL, CohortScore, FluctuationScore, time_interpolation, visible_mean
 from swiftv2.recipes.objective import Objective
 
 REPORT = "evaluation.json"
+RUN_MEAN = "run_mean"
 
 
 class HeldOut:
@@ -50,7 +51,10 @@ class HeldOut:
     def _score(self) -> tuple[float, FluctuationScore]:
         """The configured loss averaged over all held-out clips, and the sums for R2 of every method (collective)."""
         config, world = self.config, self.world
-        scores = FluctuationScore(self.table.cohort_of_subject, self.table.cohort_names)
+        # Per-voxel scaling hands the model each voxel's mean over the run: then that mean is a baseline too.
+        knows_run_mean = config.data.normalisation.kind == "per_voxel" and config.data.normalisation.scope == "run"
+        methods = (*METHODS, RUN_MEAN) if knows_run_mean else METHODS
+        scores = FluctuationScore(self.table.cohort_of_subject, self.table.cohort_names, methods)
         total = torch.zeros(2, dtype=torch.float64)
         batches = evaluation_batches(
             self.store,
@@ -76,6 +80,8 @@ class HeldOut:
                     "visible_mean": visible_mean(signal, hidden, batch.brain),
                     "time_interpolation": time_interpolation(signal, hidden, batch.brain),
                 }
+                if RUN_MEAN in scores.methods:
+                    predictions[RUN_MEAN] = torch.zeros_like(signal)
                 scores.update(predictions, signal, counted, batch.subject, batch.weight)
                 total += torch.stack(((losses * batch.weight).sum(), batch.weight.sum())).double().cpu()
         sums = torch.cat((total, scores.totals.flatten())).to(world.device)

@@ -23,13 +23,22 @@ PREFIX = "simmim."
 
 
 def write_contract(run_dir: Path, config: PretrainConfig, store: Store, splits: Splits, clips: ClipIndex) -> None:
-    """Leave in the run directory what exported weights must say of their data; kept as it is when it is there.
+    """Leave in the run directory what exported weights must say of their data; a resumed run must find the same data.
 
-    It holds the input contract, the store's version and the salted hashes of the training subjects (null where the
-    store's file of ids may not be read).
+    It holds the input contract, the store's version and fingerprint, and the salted hashes of the training subjects
+    (null where the store's file of ids may not be read).
+
+    Raises:
+        SwiftError: the run was begun on a store of other content.
     """
     path = run_dir / CONTRACT
     if path.exists():
+        known = read_json(path)["store"]["fingerprint"]
+        if known != store.fingerprint:
+            raise SwiftError(
+                f"{run_dir} was begun on another store, or another version of it, than {store.path}: "
+                "give the former one as data.store, or another run.dir"
+            )
         return
     times = {round(float(store.runs[i].tr), 3) for i in set(clips.run.tolist())}
     grid = store.grid
@@ -46,7 +55,7 @@ def write_contract(run_dir: Path, config: PretrainConfig, store: Store, splits: 
     )
     content = {
         "input": contract.model_dump(mode="json"),
-        "store": {"version": store.version, "generated": store.generated},
+        "store": {"version": store.version, "fingerprint": store.fingerprint, "generated": store.generated},
         "subjects": _hashes(store, splits),
     }
     write_atomically(path, json.dumps(content, indent=1) + "\n")

@@ -25,6 +25,9 @@ class Objective(nn.Module):
         self.config = config
         self.grid_shape = grid_shape
         self.simmim = SimMIM(config.model, config.mask, config.loss, seed=config.run.seed)
+        if config.model.variant == "swift_v1":
+            # v1 keeps this norm and never applies it; under ZeRO a parameter without a gradient would decay.
+            self.simmim.encoder.norm.requires_grad_(requires_grad=False)
         self.register_buffer("voxels", voxels, persistent=False)
         self.voxels: Tensor
 
@@ -41,8 +44,7 @@ class Objective(nn.Module):
         signal, fill = normalise(batch, self.config.data.normalisation)
         volume = scatter(signal, self.voxels, self.grid_shape, fill)
         brain = scatter(batch.brain[:, None], self.voxels, self.grid_shape)[:, 0, ..., 0]
-        numbers = next(self.simmim.parameters()).dtype
-        output = self.simmim(volume.to(numbers), batch.mask, brain, self._drop_path(batch))
+        output = self.simmim(volume, batch.mask, brain, self._drop_path(batch))
         return output.clip_loss, signal, gather(output.reconstruction, self.voxels)
 
     def hidden(self, batch: Batch) -> Tensor:

@@ -66,8 +66,9 @@ def save_reconstruction(
         for name, values in (("original", true[frame]), ("reconstructed", filled[frame])):
             arrays[f"volume_{name}_{plane}"] = box.cut(values, plane)
             arrays[f"fluctuation_{name}_{plane}"] = box.cut(values - mean, plane)
-        seen = np.where(masked[frame], np.nan, true[frame])
-        arrays[f"volume_masked_{plane}"] = box.cut(seen, plane, background=0.0)
+        # Infinity stands for hidden, NaN for no brain: the figure gives each a colour of its own.
+        seen = np.where(masked[frame], np.inf, true[frame])
+        arrays[f"volume_masked_{plane}"] = box.cut(seen, plane)
         arrays[f"fluctuation_masked_{plane}"] = box.cut(seen - mean, plane)
     chosen = _voxels_to_show(true, masked, brain)
     arrays |= {
@@ -95,17 +96,17 @@ class _Box:
     brain: NDArray[np.bool_]
     planes: tuple[str, ...] = ("sagittal", "coronal", "axial")
 
-    def cut(self, values: NDArray[Any], plane: str, background: float = np.nan) -> NDArray[np.float32]:
-        """One slice through the middle of the brain's voxels, (columns, rows) float32, background where no brain is."""
+    def cut(self, values: NDArray[Any], plane: str) -> NDArray[np.float32]:
+        """One slice through the middle of the brain's voxels, (columns, rows) float32, NaN where no brain is."""
         grid, voxels = self.store.grid, np.asarray(self.store.voxels)
-        volume = np.full(grid.size, background, dtype=np.float32)
+        volume = np.full(grid.size, np.nan, dtype=np.float32)
         volume[voxels[self.brain]] = values[self.brain]
         axis = self.planes.index(plane)
         places = grid.indices(voxels[self.brain])
         middle = int(np.median(places[:, axis]))
         # A little beside the midline: the sagittal cut through it shows mostly the gap between the hemispheres.
         place = middle + (round(12.0 / grid.voxel_mm[0]) if plane == "sagittal" else 0)
-        picture = volume.reshape(grid.shape).take(place, axis=axis)
+        picture: Floats = np.take(volume.reshape(grid.shape), [place], axis=axis).squeeze(axis)
         low, high = places.min(0), places.max(0) + 1
         others = [i for i in range(3) if i != axis]
         picture = picture[low[others[0]] : high[others[0]], low[others[1]] : high[others[1]]]

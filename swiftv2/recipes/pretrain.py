@@ -22,7 +22,7 @@ from swiftv2.engine.backend import build_backend
 from swiftv2.engine.checkpoint import list_checkpoints
 from swiftv2.engine.collective import on_first
 from swiftv2.engine.launch import World
-from swiftv2.engine.loop import fit
+from swiftv2.engine.loop import FitResult, fit
 from swiftv2.engine.rundir import RunDirectory
 from swiftv2.errors import SwiftError, UsageError
 from swiftv2.models import decay_names
@@ -76,14 +76,14 @@ def open_data(config: PretrainConfig) -> Data:
     return Data(store, splits, train, heldout)
 
 
-def pretrain(config: PretrainConfig) -> int:
+def pretrain(config: PretrainConfig) -> FitResult:
     """Pretrain from the beginning, or go on where the run directory stands (called by every rank).
 
     Args:
         config: the checked configuration.
 
     Returns:
-        Exit status: 0 done, 75 stopped early with the state saved.
+        Where it ended; `exit_status` is 0 done, 75 stopped early with the state saved.
 
     Raises:
         SwiftError: anything that the user can mend; before a device is taken where that is possible.
@@ -125,14 +125,12 @@ def pretrain(config: PretrainConfig) -> int:
             if not result.stopped_early:
                 on_first(lambda: _finish(config, data, objective, world, run), world)
             backend.close()
-            return result.exit_status
+            return result
     finally:
         launch.stop()
 
 
-def _batches(
-    config: PretrainConfig, data: Data, world: World, micro_batch: int, accumulation: int, samples: int
-) -> "OnDevice":
+def _batches(config: PretrainConfig, data: Data, world: World, micro_batch: int, accumulation: int, samples: int) -> "OnDevice":
     reader = BatchReader(
         data.store,
         data.train,
@@ -194,4 +192,3 @@ def _finish(config: PretrainConfig, data: Data, objective: Objective, world: Wor
     save_reconstruction(config, data.store, data.heldout, objective, world.device, run.path / "figures")
     figure = draw_run(run.path)
     run.event("figure", path=figure.name)
-    print(f"{figure}: reconstructions and loss beside copying", flush=True)

@@ -14,11 +14,13 @@ from swiftv2.errors import SwiftError
 Arrays = dict[str, NDArray[Any]]
 
 HELD_OUT_L1 = "heldout/all/l1/model"
+HIDDEN = "#7d92b3"
 PLANES = ("sagittal", "coronal", "axial")
 PREDICTORS = {
     "model": ("Swin4D", "#c1440e"),
     "time_interpolation": ("interpolation in time", "#4c72b0"),
     "visible_mean": ("mean of visible frames", "#8c8c8c"),
+    "run_mean": ("mean of the whole run", "#55a868"),
 }
 
 
@@ -89,12 +91,13 @@ def _draw_slices(figure: Any, arrays: Arrays) -> None:
         else:
             high = float(np.quantile(np.abs(values), 0.99))
             low, colours = -high, "RdBu_r"
-        cmap = mpl.colormaps[colours].with_extremes(bad="#d9d9d9" if signal == "fluctuation" else "#3b4a66")
+        cmap = mpl.colormaps[colours].with_extremes(bad="white", over=HIDDEN)
         image = None
         for column, kind in enumerate(kinds):
             for row, plane in enumerate(PLANES):
                 axis = axes[row, 3 * block + column]
-                picture = np.ma.masked_invalid(arrays[f"{signal}_{kind}_{plane}"])
+                values = arrays[f"{signal}_{kind}_{plane}"]
+                picture = np.ma.masked_where(np.isnan(values), np.where(np.isinf(values), np.inf, values.clip(low, high)))
                 image = axis.imshow(picture.T, origin="lower", cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
                 axis.set_xticks([])
                 axis.set_yticks([])
@@ -105,8 +108,7 @@ def _draw_slices(figure: Any, arrays: Arrays) -> None:
                     axis.set_ylabel(plane)
                 if plane != "sagittal":
                     for side, place in (("L", 0.03), ("R", 0.9)):
-                        colour = "white" if signal == "volume" else "black"
-                        axis.text(place, 0.03, side, transform=axis.transAxes, color=colour, fontsize=7)
+                        axis.text(place, 0.03, side, transform=axis.transAxes, fontsize=7)
         label = "BOLD, source units" if signal == "volume" else "BOLD - voxel mean, source units"
         figure.colorbar(image, ax=axes[:, 3 * block : 3 * block + 3], location="bottom", shrink=0.5, aspect=40, label=label)
 
@@ -136,7 +138,7 @@ def _draw_numbers(figure: Any, metrics: list[dict[str, Any]], evaluation: dict[s
     if len(training):
         loss.plot(*training.T, color="#e0b7a3", lw=0.8, label="training loss")
     loss.plot(*np.array(curve).T, "o-", ms=3, color=PREDICTORS["model"][1], label="Swin4D, held-out L1")
-    for name in ("time_interpolation", "visible_mean"):
+    for name in (n for n in PREDICTORS if n != "model" and n in everyone["methods"]):
         label, colour = PREDICTORS[name]
         loss.axhline(everyone["methods"][name]["l1"], color=colour, ls="--", lw=1, label=f"{label}, held-out L1")
     values = np.array([m["l1"] for m in everyone["methods"].values()] + [value for _, value in curve])
@@ -144,7 +146,7 @@ def _draw_numbers(figure: Any, metrics: list[dict[str, Any]], evaluation: dict[s
     loss.set(xlabel="step", ylabel="on hidden brain voxels, normalised units")
     loss.legend(fontsize=6, frameon=False)
 
-    names = [name for name in PREDICTORS if everyone["methods"][name]["r2"]]
+    names = [name for name in PREDICTORS if everyone["methods"].get(name, {}).get("r2")]
     for place, name in enumerate(reversed(names)):
         label, colour = PREDICTORS[name]
         r2 = everyone["methods"][name]["r2"]
@@ -157,4 +159,4 @@ def _draw_numbers(figure: Any, metrics: list[dict[str, Any]], evaluation: dict[s
     score.margins(x=0.25)
     score.set_yticks([])
     score.spines["left"].set_visible(False)
-    score.set_xlabel(f"R² on the fluctuation, 95 % over {everyone['subjects']} held-out subjects")
+    score.set_xlabel(f"R² on the fluctuation\n(95 % over {everyone['subjects']} held-out subjects)")

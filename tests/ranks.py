@@ -1,0 +1,59 @@
+"""How tests start real ranks of the command line: alone, by torchrun, by mpiexec."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import swiftv2
+
+Launcher = Literal["alone", "torchrun", "mpiexec"]
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMPI_", "PMI_", "MPI_", "SLURM_", "TORCHELASTIC_")
+
+
+def command(words: Sequence[str], ranks: int = 1, launcher: Launcher = "torchrun") -> list[str]:
+    """`swiftv2 WORDS` on so many ranks of this host."""
+    module = ["-m", "swiftv2", *words]
+    if launcher == "mpiexec":
+        return [str(Path(sys.executable).parent / "mpiexec"), "-n", str(ranks), sys.executable, *module]
+    if launcher == "alone" or ranks == 1:
+        return [sys.executable, *module]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *module]
+
+
+def environment() -> dict[str, str]:
+    """This process's environment without a launcher's variables, one thread a rank, no GPU."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
+    root = str(Path(swiftv2.__file__).parents[1])
+    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": root}
+
+
+def swiftv2_run(
+    words: Sequence[str], ranks: int = 1, launcher: Launcher = "torchrun", timeout: float = 300.0
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        command(words, ranks, launcher), env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@contextlib.contextmanager
+def swiftv2_started(words: Sequence[str], ranks: int) -> Iterator[subprocess.Popen[str]]:
+    """A command in a session of its own; what is left of it at the end is killed."""
+    process = subprocess.Popen(
+        command(words, ranks),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+        process.communicate()
