@@ -1,0 +1,141 @@
+"""Generate a cohort: subjects in parallel, the same files whatever the number of workers."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from swiftv2 import __version__
+from swiftv2.config.synth import SynthConfig
+from swiftv2.data.synth.anatomy import Atlas, load_atlas
+from swiftv2.data.synth.files import FAULTS, write_person, write_table
+from swiftv2.data.synth.oracle import ceilings
+from swiftv2.data.synth.people import Person, draw_people, table, withdrawn
+from swiftv2.errors import SwiftError, UsageError
+
+CONFIG_FILE = "synth.json"
+VERSION = 1
+"""Raised when the same configuration gives other files: results on a cohort name it."""
+
+
+@dataclass(frozen=True)
+class SynthReport:
+    """What was generated, and how fast."""
+
+    subjects: int
+    runs: int
+    frames: int
+    bad_files: int
+    seconds: float
+    nothing_to_do: bool = False
+
+    def __str__(self) -> str:
+        if self.nothing_to_do:
+            return "is there already: nothing to do"
+        rate = f"{self.frames / self.seconds:.0f} frames/s" if self.seconds else ""
+        bad = f", {self.bad_files} bad files" if self.bad_files else ""
+        return f"{self.subjects} subjects, {self.runs} runs, {self.frames} frames{bad} in {self.seconds:.1f} s ({rate})"
+
+
+def generate(
+    config: SynthConfig, folder: Path, workers: int = 1, progress: Callable[[int, int], None] | None = None
+) -> SynthReport:
+    """Write a cohort as a BIDS-derivatives tree; it appears whole or not at all.
+
+    Args:
+        config: what is generated; the files depend on it alone.
+        folder: new, or holding the cohort of the same configuration (then nothing is done).
+        workers: processes.
+        progress: called with subjects done and subjects in all.
+
+    Raises:
+        UsageError: the folder holds something else.
+        SwiftError: it cannot be written.
+    """
+    wanted = {"version": VERSION, "config": config.model_dump(mode="json")}
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        return _already_there(folder, wanted)
+    begun = time.perf_counter()
+    people = draw_people(config, config.subjects + config.bad_files)
+    faults = [None] * config.subjects + [FAULTS[i % len(FAULTS)] for i in range(config.bad_files)]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        partial.mkdir()
+    except OSError as error:
+        raise SwiftError(f"{folder}: cannot be written ({error.strerror})") from error
+    try:
+        jobs = [(config, person, partial, fault) for person, fault in zip(people, faults, strict=True)]
+        runs = frames = 0
+        with _mapped(jobs, workers) as results:
+            for done, (new_runs, new_frames) in enumerate(results, start=1):
+                runs, frames = runs + new_runs, frames + new_frames
+                if progress is not None:
+                    progress(done, len(jobs))
+        _write_tables(config, people, partial, wanted)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except OSError as error:
+        raise SwiftError(f"{folder}: cannot be written ({error.strerror or error}); nothing was left there") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return SynthReport(config.subjects, runs, frames, config.bad_files, time.perf_counter() - begun)
+
+
+def _already_there(folder: Path, wanted: dict[str, object]) -> SynthReport:
+    try:
+        found = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if found != wanted:
+        what = "a cohort of another configuration" if found else "something else"
+        raise UsageError(f"{folder} holds {what}: give another folder, or remove it")
+    return SynthReport(0, 0, 0, 0, 0.0, nothing_to_do=True)
+
+
+def _write_tables(config: SynthConfig, people: list[Person], root: Path, wanted: dict[str, object]) -> None:
+    write_table(root / "participants.tsv", table(config, people))
+    (root / "withdrawn.txt").write_text("".join(f"{name}\n" for name in withdrawn(config, people)), encoding="utf-8")
+    description = {
+        "Name": "Generated cohort",
+        "BIDSVersion": "1.9.0",
+        "DatasetType": "derivative",
+        "GeneratedBy": [{"Name": "swiftv2 synth", "Version": __version__}],
+    }
+    for name, content in (
+        ("dataset_description.json", description),
+        ("traits.json", ceilings(config)),
+        (CONFIG_FILE, wanted),
+    ):
+        (root / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+Job = tuple[SynthConfig, Person, Path, str | None]
+
+
+@contextmanager
+def _mapped(jobs: list[Job], workers: int) -> Iterator[Iterator[tuple[int, int]]]:
+    """Results of the jobs in their order, from this process or from several spawned ones."""
+    if workers <= 1:
+        yield map(_write, jobs)
+        return
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool.map(_write, jobs)
+
+
+def _write(job: Job) -> tuple[int, int]:
+    config, person, root, fault = job
+    return write_person(config, person, _atlas(config.voxel_mm), root, fault)
+
+
+@lru_cache(1)
+def _atlas(voxel_mm: float) -> Atlas:
+    return load_atlas(voxel_mm)
