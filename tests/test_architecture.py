@@ -19,7 +19,8 @@ ALLOWED = {
     "plan": {"errors", "config", "models"},
     "report": {"errors", "config"},
     "recipes": {"errors", "config", "weights", "plan", "report"} | WINGS,
-    "cli": {"errors", "config", "weights", "plan", "recipes", "report", "data", "engine"},
+    "terminal": {"errors"},
+    "cli": {"errors", "config", "terminal", "weights", "plan", "recipes", "report", "data", "engine"},
     "__main__": {"cli"},
 }
 
