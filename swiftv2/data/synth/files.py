@@ -23,7 +23,9 @@ ROOM_VOXELS = 2
 CENSOR_MM = 0.5
 
 
-def write_person(config: SynthConfig, person: Person, atlas: Atlas, root: Path, fault: str | None = None) -> tuple[int, int]:
+def write_person(
+    config: SynthConfig, person: Person, atlas: Atlas, root: Path, fault: str | None = None
+) -> tuple[int, int]:
     """Write all runs of a subject.
 
     Args:

@@ -1,4 +1,4 @@
-"""Latent signals in continuous time: 1/f neural noise through a haemodynamic response, motion and breathing.
+"""Latent signals in continuous time: 1/f neural noise through a haemodynamic response.
 
 A signal is a sum of Fourier components of keyed random amplitudes, evaluated at the frames' times: it does not know the
 repetition time at which it is sampled.
@@ -10,6 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from swiftv2.data.synth.anatomy import NETWORKS
+from swiftv2.data.synth.people import COUPLINGS, Person
+
 Floats = NDArray[np.float64]
 Complex = NDArray[np.complex128]
 
@@ -17,10 +20,55 @@ KNEE_HZ = 0.01
 HIGHEST_HZ = 0.5
 PERIOD_S = 2048.0
 LAG_S = 4.0
+LAG_SHARE = 0.8
+"""Share of the variance that the two networks of the lagged trait have in common."""
+BASE_COUPLING = 0.1
+LATERAL = "VentralAttention"
+"""The network whose two sides differ in amplitude."""
+PAIRS = {
+    "coupling_weak": ("FrontoParietalAnterior", "DorsalAttention"),
+    "coupling_medium": ("DefaultModePosterior", "CinguloOpercular"),
+    "coupling_strong": ("VisualPosterior", "SomatomotorDorsal"),
+    "lagged": ("DefaultModeAnterior", "VisualAnterior"),
+}
+"""The two networks that each trait couples; no network is in two pairs."""
+
+
+def network_bold(person: Person, rng: np.random.Generator, times: Floats) -> Floats:
+    """BOLD time courses (T, networks) of about unit variance within a run, at `times` (T,) in seconds, ascending."""
+    duration = float(times[-1] - times[0]) + person.tr
+    hz = frequencies(duration)
+    white = _white(rng, len(NETWORKS), hz)
+    for trait, difference in COUPLINGS.items():
+        first, second = (NETWORKS.index(name) for name in PAIRS[trait])
+        rho = BASE_COUPLING + difference * (person.labels[trait] - 0.5)
+        white[second] = rho * white[first] + np.sqrt(1 - rho**2) * white[second]
+    first, second = (NETWORKS.index(name) for name in PAIRS["lagged"])
+    # Time reversal turns one label into the other, so that no correlation at equal times can tell them apart.
+    half = np.exp(1j * np.pi * hz * LAG_S * (1 if person.labels["lagged"] else -1))
+    common = np.sqrt(LAG_SHARE) * _white(rng, 1, hz)[0]
+    white[first] = common * half + np.sqrt(1 - LAG_SHARE) * white[first]
+    white[second] = common / half + np.sqrt(1 - LAG_SHARE) * white[second]
+    return _evaluate(white * spectrum(hz, person.exponent, duration), hz, times).T
+
+
+def slow_signal(rng: np.random.Generator, times: Floats) -> Floats:
+    """One more signal (T,) of the same kind, for what the whole brain shares."""
+    duration = float(times[-1] - times[0]) + float(times[1] - times[0])
+    hz = frequencies(duration)
+    return _evaluate(_white(rng, 1, hz) * spectrum(hz, 1.0, duration), hz, times)[0]
+
+
+def lag_reading(first: Floats, second: Floats, tr: float) -> float:
+    """Correlation of `second` with `first` (T,) 4 s before it, less that with `first` 4 s after it."""
+    step = max(round(LAG_S / tr), 1)
+    follows = np.corrcoef(first[:-step], second[step:])[0, 1]
+    precedes = np.corrcoef(first[step:], second[:-step])[0, 1]
+    return float(follows - precedes)
 
 
 def frequencies(duration: float) -> Floats:
-    """Frequencies (F,) in Hz of the components for runs of at most this many seconds."""
+    """Frequencies (F,) in Hz of the components for runs of at most `duration` seconds."""
     period = PERIOD_S
     while period < 1.25 * duration:
         period *= 2
@@ -28,9 +76,20 @@ def frequencies(duration: float) -> Floats:
 
 
 def haemodynamic_response(times: Floats) -> Floats:
-    """The canonical double-gamma response at `times` (seconds): peak at 5 s, undershoot at 15 s, ratio 1 to 6."""
+    """The canonical double-gamma response at `times` (seconds): peak at 5 s, undershoot at 15 s, ratio 6 to 1."""
     response: Floats = stats.gamma.pdf(times, 6) - stats.gamma.pdf(times, 16) / 6
     return response
+
+
+def spectrum(hz: Floats, exponent: float, duration: float) -> Complex:
+    """Gain (F,) of 1/f noise of this exponent, flat below 0.01 Hz, after the haemodynamic response.
+
+    Components that complete a cycle within `duration` seconds have unit variance together, so that a run, its mean
+    removed, has about that.
+    """
+    gain = (KNEE_HZ**2 + hz**2) ** (-exponent / 4) * _response_gain(len(hz), float(hz[0]))
+    scaled: Complex = gain / np.sqrt((np.abs(gain[hz >= 1.0 / duration]) ** 2).sum())
+    return scaled
 
 
 @lru_cache(maxsize=4)
@@ -41,111 +100,21 @@ def _response_gain(count: int, step_hz: float) -> Complex:
     return gain
 
 
-def spectrum(hz: Floats, slope: Floats, duration: float) -> Complex:
-    """Gain (..., F) of 1/f noise of the given slopes (...,) after the haemodynamic response.
-
-    Flat below 0.01 Hz. The variance of a run of `duration` seconds, its mean removed, is about 1.
-    """
-    power = 1.0 / (KNEE_HZ**2 + hz**2) ** (np.asarray(slope)[..., None] / 2)
-    gain = np.sqrt(power) * _response_gain(len(hz), hz[0])
-    seen = hz >= 1.0 / duration
-    scaled: Complex = gain / np.sqrt((np.abs(gain[..., seen]) ** 2).sum(axis=-1, keepdims=True))
-    return scaled
-
-
-def amplitudes(rng: np.random.Generator, shape: tuple[int, ...], hz: Floats) -> Complex:
-    """Random amplitudes (*shape, F) of white noise; each component has an expected power of 1 when sampled."""
-    pair = rng.standard_normal((*shape, len(hz), 2))
+def _white(rng: np.random.Generator, count: int, hz: Floats) -> Complex:
+    """Random amplitudes (count, F); each component has an expected variance of 1 when evaluated."""
+    pair = rng.standard_normal((count, len(hz), 2))
     white: Complex = pair[..., 0] + 1j * pair[..., 1]
     return white
 
 
-def evaluate(components: Complex, hz: Floats, times: Floats) -> Floats:
-    """The real signals (..., T) of components (..., F) at `times` (T,) in seconds."""
-    phase = 2 * np.pi * np.outer(hz, times)
-    signals: Floats = components.real @ np.cos(phase) - components.imag @ np.sin(phase)
+def _evaluate(components: Complex, hz: Floats, times: Floats) -> Floats:
+    cosine, sine = _waves(hz.tobytes(), times.tobytes())
+    signals: Floats = components.real @ cosine - components.imag @ sine
     return signals
 
 
-def correlate(white: Complex, first: int, second: int, correlation: Floats | float) -> None:
-    """Give row `second` of white amplitudes (..., N, F) this correlation (...,) with row `first`, in place."""
-    rho = np.asarray(correlation)[..., None]
-    white[..., second, :] = rho * white[..., first, :] + np.sqrt(1 - rho**2) * white[..., second, :]
-
-
-def lag(white: Complex, first: int, second: int, sign: Floats | float, share: float, hz: Floats) -> None:
-    """Let rows `first` and `second` share a signal that comes `LAG_S` later in `second` (sign 1) or in `first` (-1).
-
-    Time reversal turns one sign into the other, so that no correlation at equal times can tell them apart.
-    """
-    half = np.exp(1j * np.pi * hz * LAG_S * np.asarray(sign)[..., None])
-    common = white[..., first, :].copy()
-    own = white[..., second, :].copy()
-    extra = white[..., -1, :]
-    white[..., first, :] = np.sqrt(share) * common * half + np.sqrt(1 - share) * extra
-    white[..., second, :] = np.sqrt(share) * common / half + np.sqrt(1 - share) * own
-
-
-def pair_correlation(first: Floats, second: Floats) -> Floats:
-    """Fisher's z (...,) of the correlation over the last axis."""
-    a = first - first.mean(axis=-1, keepdims=True)
-    b = second - second.mean(axis=-1, keepdims=True)
-    r = (a * b).sum(axis=-1) / np.sqrt((a * a).sum(axis=-1) * (b * b).sum(axis=-1))
-    z: Floats = np.arctanh(np.clip(r, -0.999999, 0.999999))
-    return z
-
-
-def lead(first: Floats, second: Floats) -> Floats:
-    """How much better `second` follows `first` by a frame than the other way round: a difference of Fisher z (...,)."""
-    return pair_correlation(first[..., :-1], second[..., 1:]) - pair_correlation(first[..., 1:], second[..., :-1])
-
-
-def spectral_slope(signals: Floats, repetition_time: float) -> Floats:
-    """Negative log-log slope (...,) between 0.01 and 0.08 Hz of the mean periodogram of signals (..., N, T)."""
-    centred = signals - signals.mean(axis=-1, keepdims=True)
-    power = (np.abs(np.fft.rfft(centred * np.hanning(signals.shape[-1]), axis=-1)) ** 2).mean(axis=-2)
-    hz = np.fft.rfftfreq(signals.shape[-1], repetition_time)
-    band = (hz > KNEE_HZ) & (hz < 0.08)
-    x = np.log(hz[band]) - np.log(hz[band]).mean()
-    slope: Floats = -(np.log(power[..., band]) @ x) / (x @ x)
-    return slope
-
-
-def motion(rng: np.random.Generator, level: float, times: Floats) -> Floats:
-    """Six motion parameters (T, 6): x, y, z in mm, then rotations in radians; slow drift and sudden moves.
-
-    Args:
-        rng: keyed generator.
-        level: about the mean framewise displacement in mm at a repetition time of 2 s.
-        times: the frames' times in seconds, ascending.
-    """
-    duration = float(times[-1]) + 1.0
-    hz = frequencies(duration)
-    white = amplitudes(rng, (6,), hz) * hz**-0.9
-    slow = evaluate(white / np.sqrt((np.abs(white) ** 2).sum(axis=-1, keepdims=True)), hz, times).T * level
-    moves = int(rng.poisson(4 * level * duration / 60))
-    start = rng.uniform(0, duration, moves)
-    jump = rng.standard_normal((moves, 6)) * rng.lognormal(-1.2, 0.5, (moves, 1))
-    after = times[:, None] - start
-    trace = np.where(after >= 0, 0.2 + 0.8 * np.exp(-np.clip(after, 0, None) / 3.0), 0.0)
-    parameters: Floats = slow + trace @ jump
-    parameters[:, 3:] /= 50.0
-    return parameters - parameters[0]
-
-
-def framewise_displacement(parameters: Floats) -> Floats:
-    """Power's displacement (T,) in mm of motion parameters (T, 6) on a sphere of 50 mm; the first is 0."""
-    moved = np.abs(np.diff(parameters, axis=0, prepend=parameters[:1]))
-    displacement: Floats = moved[:, :3].sum(axis=1) + 50.0 * moved[:, 3:].sum(axis=1)
-    return displacement
-
-
-def breathing(rng: np.random.Generator, times: Floats) -> Floats:
-    """Two signals (T, 2) of variance 1: breathing at about 0.3 Hz, aliased by the sampling, in two phases."""
-    hz = frequencies(float(times[-1]) + 1.0)
-    slow = hz[hz < 0.05]
-    wander, depth = evaluate(amplitudes(rng, (2,), slow) / np.sqrt(len(slow)), slow, times)
-    phase = 2 * np.pi * (rng.uniform(0.22, 0.36) * times + 0.5 * wander) + rng.uniform(0, 2 * np.pi)
-    wave = np.stack([np.cos(phase), np.sin(phase)], axis=1) * np.exp(0.25 * depth)[:, None]
-    scaled: Floats = wave * np.sqrt(2)
-    return scaled
+@lru_cache(maxsize=4)
+def _waves(hz: bytes, times: bytes) -> tuple[Floats, Floats]:
+    """Cosines and sines (F, T); kept, because all runs of a site share them."""
+    phase = 2 * np.pi * np.outer(np.frombuffer(hz), np.frombuffer(times))
+    return np.cos(phase), np.sin(phase)

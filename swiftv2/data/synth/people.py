@@ -7,7 +7,7 @@ import numpy as np
 from swiftv2.config.synth import SynthConfig
 from swiftv2.data import keyed
 
-COUPLINGS = {"coupling_weak": 0.13, "coupling_medium": 0.2, "coupling_strong": 0.38}
+COUPLINGS = {"coupling_weak": 0.11, "coupling_medium": 0.19, "coupling_strong": 0.355}
 """Difference between the classes of the correlation of two networks' neural signals."""
 BINARY = (*COUPLINGS, "lagged", "asymmetry", "ventricles", "motion_confounded", "site_confounded", "null")
 CONTINUOUS = ("slope",)
@@ -62,11 +62,15 @@ def draw_people(config: SynthConfig, count: int, purpose: str = "people") -> lis
         rng = keyed.generator(config.seed, purpose, index)
         # A sibling follows their elder one, so that a pair costs two places and the share comes out as said.
         alone = (
-            not people or people[-1].family != index - 1 or rng.random() >= config.sibling_share / (2 - config.sibling_share)
+            not people
+            or people[-1].family != index - 1
+            or rng.random() >= config.sibling_share / (2 - config.sibling_share)
         )
         family = index if alone else people[-1].family
         site = family % config.sites
-        people.append(_draw(config, index, family, site, rng, keyed.generator(config.seed, f"{purpose} family", family)))
+        people.append(
+            _draw(config, index, family, site, rng, keyed.generator(config.seed, f"{purpose} family", family))
+        )
     return people
 
 
@@ -77,7 +81,8 @@ def _draw(
     z = dict(
         zip(
             TRAITS,
-            np.sqrt(share) * shared.standard_normal(len(TRAITS)) + np.sqrt(1 - share) * own.standard_normal(len(TRAITS)),
+            np.sqrt(share) * shared.standard_normal(len(TRAITS))
+            + np.sqrt(1 - share) * own.standard_normal(len(TRAITS)),
             strict=True,
         )
     )
@@ -96,7 +101,9 @@ def _draw(
         labels=labels,
         exponent=1.0 + 0.25 * tilt,
         laterality=float((0.3 if labels["asymmetry"] else -0.3) + 0.2 * own.standard_normal()),
-        ventricle_growth=float(np.clip(0.45 + (0.15 if labels["ventricles"] else -0.15) + 0.2 * own.standard_normal(), 0, 1)),
+        ventricle_growth=float(
+            np.clip(0.45 + (0.15 if labels["ventricles"] else -0.15) + 0.2 * own.standard_normal(), 0, 1)
+        ),
         restlessness=restlessness,
         fluctuation=float(np.clip(1.0 + 0.2 * own.standard_normal(), 0.5, 1.5)),
         temporal_snr=float(own.uniform(45.0, 75.0) * (0.95 if site % 2 else 1.0)),
@@ -111,11 +118,18 @@ def table(config: SynthConfig, people: list[Person]) -> list[dict[str, str]]:
         values = {name: f"{person.labels[name]:g}" for name in TRAITS}
         shown = {name: "n/a" if rng.random() < config.missing_share else value for name, value in values.items()}
         rows.append(
-            {"participant_id": person.name, "site": f"site{person.site + 1}", "family_id": f"f{person.family + 1:04d}", **shown}
+            {
+                "participant_id": person.name,
+                "site": f"site{person.site + 1}",
+                "family_id": f"f{person.family + 1:04d}",
+                **shown,
+            }
         )
     return rows
 
 
 def withdrawn(config: SynthConfig, people: list[Person]) -> list[str]:
     """Names of the subjects who withdrew their consent."""
-    return [p.name for p in people if keyed.generator(config.seed, "withdrawn", p.index).random() < config.withdrawn_share]
+    return [
+        p.name for p in people if keyed.generator(config.seed, "withdrawn", p.index).random() < config.withdrawn_share
+    ]

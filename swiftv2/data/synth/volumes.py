@@ -77,7 +77,9 @@ def make_run(person: Person, anatomy: Anatomy, frames: int, non_steady: int, rng
     total = 100.0 / person.temporal_snr
     noise = np.sqrt(max(total**2 - structured**2, (0.5 * total) ** 2))
     per_cent += noise * _noise(anatomy.lattice, frames, person.tr, rng)
-    per_cent[:non_steady] += 100.0 * NON_STEADY_GAIN * np.exp(-np.arange(non_steady, dtype=np.float32))[:, None, None, None]
+    per_cent[:non_steady] += (
+        100.0 * NON_STEADY_GAIN * np.exp(-np.arange(non_steady, dtype=np.float32))[:, None, None, None]
+    )
     steps, spikes = _motion(person, frames, rng)
     image = anatomy.static * (1.0 + per_cent / 100.0)
     gradient = np.stack([np.gradient(anatomy.static, anatomy.lattice.voxel_mm, axis=axis) for axis in (2, 1, 0)])
@@ -95,11 +97,15 @@ def _components(
     networks = anatomy.networks * anatomy.brain
     amplitude = np.sqrt(np.mean(np.square(networks[:, grey]).sum(0)))
     body = (anatomy.grey + 0.4) * anatomy.brain
-    breath = np.sin(2 * np.pi * (rng.uniform(0.25, 0.33) * times + 0.3 * np.cumsum(rng.standard_normal(len(times))) / 10))
+    breath = np.sin(
+        2 * np.pi * (rng.uniform(0.25, 0.33) * times + 0.3 * np.cumsum(rng.standard_normal(len(times))) / 10)
+    )
     # Legendre polynomials, so that linear and quadratic drifts do not lean on one another.
     along = np.linspace(-1.0, 1.0, len(times))
     fields = np.stack([_smooth_field(anatomy.lattice, rng) for _ in range(3)]) * anatomy.brain
-    courses = np.vstack((bold.T, slow_signal(rng, times)[None], breath[None], along[None], (1.5 * along**2 - 0.5)[None]))
+    courses = np.vstack(
+        (bold.T, slow_signal(rng, times)[None], breath[None], along[None], (1.5 * along**2 - 0.5)[None])
+    )
     maps = np.concatenate(
         (
             networks * (person.fluctuation / amplitude),
@@ -145,7 +151,9 @@ def _motion(person: Person, frames: int, rng: np.random.Generator) -> tuple[NDAr
     # The sum of six half-normal numbers has a mean of 4.8 deviations.
     steps = usual / 4.8 * sizes * rng.standard_normal((frames, 6))
     spikes = rng.random(frames) < 0.1 * usual
-    steps[spikes] += sizes * rng.choice([-1.0, 1.0], (int(spikes.sum()), 6)) * rng.uniform(0.1, 0.4, (int(spikes.sum()), 1))
+    steps[spikes] += (
+        sizes * rng.choice([-1.0, 1.0], (int(spikes.sum()), 6)) * rng.uniform(0.1, 0.4, (int(spikes.sum()), 1))
+    )
     steps[0], spikes[0] = 0.0, False
     return steps, spikes
 
