@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -26,6 +27,7 @@ RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_STEP_ID")
 FAILED, STOPPED_EARLY, INTERRUPTED = 1, 75, 130
 COUNTS = ("subjects", "runs", "frames", "hours", "resampled", "cleaned", "confounds")
+SILENT_SECONDS = 15.0
 STOPPED = "stopped by SIGTERM; what is done is kept: run the same command again to go on"
 OVERRIDES = "words that change single settings of the file, such as train.max_steps=1000; an unknown key is refused"
 RUN_DIR = "run directory of `swiftv2 pretrain`"
@@ -54,11 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parse(argv)
         command: Callable[[argparse.Namespace], int] = arguments.command
         return command(arguments)
-    except UsageError as error:
-        # A wrong setting is wrong on every rank: one of them says so.
-        if _rank() == 0:
-            _complain(str(error))
-        return error.exit_status
     except SwiftError as error:
         _complain(str(error))
         return error.exit_status
@@ -70,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(STOPPED)
         return STOPPED_EARLY
     except KeyboardInterrupt:
-        _complain("interrupted")
+        if _rank() == 0:
+            _complain("interrupted")
         return INTERRUPTED
 
 
@@ -90,6 +88,10 @@ def _rank() -> int:
 
 
 def _complain(text: str) -> None:
+    if _rank() > 0:
+        # What is wrong here is mostly wrong on every rank. The first one has the first word: when it has left, the launcher
+        # ends the others, and the line stands there once.
+        time.sleep(SILENT_SECONDS)
     line = " ".join(text.splitlines())
     print(f"swiftv2{f' (rank {_rank()})' if _rank() else ''}: {line}", file=sys.stderr)
 
@@ -255,7 +257,8 @@ def _termination(ranks: "Communicator") -> Iterator[None]:
         del number, frame
         if ranks.size > 1:
             # Leaving by the front door would wait for the other ranks; the launcher ends them when this one is gone.
-            _complain(STOPPED)
+            if ranks.rank == 0:
+                _complain(STOPPED)
             os._exit(STOPPED_EARLY)
         raise Terminated
 

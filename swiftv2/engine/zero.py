@@ -5,7 +5,7 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -26,8 +26,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from swiftv2.config.engine import EngineConfig
 from swiftv2.config.model import OptimizerConfig
 from swiftv2.engine.backend import MOMENTS, Backend, Kind
+from swiftv2.engine.collective import on_all
 from swiftv2.engine.launch import World
 from swiftv2.engine.optimizer import adamw
+from swiftv2.errors import SwiftError
 
 NATIVE = "deepspeed"
 
@@ -92,6 +94,11 @@ class ZeroBackend(Backend):
             self.engine, *_ = deepspeed.initialize(
                 model=module, optimizer=self.optimizer, config=self._generated, dist_init_required=False
             )
+        self._unwritten: list[str] = []
+        writer = self.engine.checkpoint_engine
+        writer.save = self._noting_failure(writer.save)
+        scripts = self.engine._copy_recovery_script  # noqa: SLF001 (the one other thing that DeepSpeed writes)
+        self.engine._copy_recovery_script = self._noting_failure(scripts)  # noqa: SLF001
         # Before this, the groups held the module's parameters; DeepSpeed put its own fp32 ones in their place.
         self._create_state()
 
@@ -202,9 +209,27 @@ class ZeroBackend(Backend):
     def _adam_steps(self) -> int:
         return int(self.optimizer.state[self.optimizer.param_groups[0]["params"][0]]["step"])
 
+    def _noting_failure(self, write: Callable[..., Any]) -> Callable[..., None]:
+        """The same, but a failure to write waits in `_unwritten`: DeepSpeed's barriers would wait for a rank that raised."""
+
+        def call(*values: Any, **options: Any) -> None:
+            try:
+                write(*values, **options)
+            except (OSError, RuntimeError) as error:
+                self._unwritten.append(str(error).splitlines()[0])
+
+        return call
+
     def _save_native(self, folder: Path) -> None:
+        self._unwritten.clear()
         with _quiet():
             self.engine.save_checkpoint(str(folder), tag=NATIVE, save_latest=False)
+
+        def check() -> None:
+            if self._unwritten:
+                raise SwiftError(f"{folder}: DeepSpeed's files cannot be written ({self._unwritten[0]}): is the disk full?")
+
+        on_all(check, self.world)
 
     def _load_native(self, folder: Path) -> bool:
         with _quiet():
