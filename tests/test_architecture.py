@@ -18,6 +18,7 @@ ALLOWED = {
     "weights": {"errors", "config", "models"},
     "plan": {"errors", "config", "models"},
     "report": {"errors", "config"},
+    "terminal": {"errors"},
     "recipes": {"errors", "config", "weights", "plan", "report"} | WINGS,
     "terminal": {"errors"},
     "cli": {"errors", "config", "terminal", "weights", "plan", "recipes", "report", "data", "engine"},
