@@ -35,7 +35,7 @@ class SynthConfig(Config):
     """Share of the subjects listed in `withdrawn.txt`; their files are there."""
     las_share: float = Field(default=0.5, ge=0.0, le=1.0)
     """Share of the runs whose voxels are in LAS order; the others are RAS."""
-    non_steady_frames: NonNegativeInt = 2
+    non_steady_frames: NonNegativeInt = 0
     """Most non-steady volumes at the start of a run; each run has between 0 and this many, marked in its confounds."""
     bad_files: NonNegativeInt = 0
     """Further subjects with a bad file each: in turn truncated, with NaN, constant, 3-D, without orientation codes."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ FAULTS = ("truncated", "nan", "constant", "three_dimensional", "no_orientation")
 ROOM_VOXELS = 2
 """Voxels of the field of view beyond the template's brain."""
 CENSOR_MM = 0.5
+GZIP_WINDOW = 31
+"""What zlib takes for a gzip file with the largest window; it writes no time into it."""
 
 
-def write_person(
-    config: SynthConfig, person: Person, atlas: Atlas, root: Path, fault: str | None = None
-) -> tuple[int, int]:
+def write_person(config: SynthConfig, person: Person, atlas: Atlas, root: Path, fault: str | None = None) -> tuple[int, int]:
     """Write all runs of a subject.
 
     Args:
@@ -118,7 +119,9 @@ def _save(
     image.header.set_xyzt_units("mm", "sec")
     if slope is not None:
         image.header.set_slope_inter(slope, 0.0)
-    nifti.save(image, path)
+    # Run-length matching finds the empty background and does not look for repeats in noise: half the time, smaller files.
+    packer = zlib.compressobj(1, zlib.DEFLATED, GZIP_WINDOW, 9, zlib.Z_RLE)
+    path.write_bytes(packer.compress(image.to_bytes()) + packer.flush())
 
 
 def _spoil(path: Path, fault: str) -> None:

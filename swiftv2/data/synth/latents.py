@@ -23,6 +23,7 @@ LAG_S = 4.0
 LAG_SHARE = 0.8
 """Share of the variance that the two networks of the lagged trait have in common."""
 BASE_COUPLING = 0.1
+BREATHING_WANDER_HZ = 0.03
 LATERAL = "VentralAttention"
 """The network whose two sides differ in amplitude."""
 PAIRS = {
@@ -34,7 +35,7 @@ PAIRS = {
 """The two networks that each trait couples; no network is in two pairs."""
 
 
-def network_bold(person: Person, rng: np.random.Generator, times: Floats) -> Floats:
+def network_bold(person: Person, rng: np.random.Generator, times: Floats) -> NDArray[np.float32]:
     """BOLD time courses (T, networks) of about unit variance within a run, at `times` (T,) in seconds, ascending."""
     duration = float(times[-1] - times[0]) + person.tr
     hz = frequencies(duration)
@@ -49,17 +50,28 @@ def network_bold(person: Person, rng: np.random.Generator, times: Floats) -> Flo
     common = np.sqrt(LAG_SHARE) * _white(rng, 1, hz)[0]
     white[first] = common * half + np.sqrt(1 - LAG_SHARE) * white[first]
     white[second] = common / half + np.sqrt(1 - LAG_SHARE) * white[second]
-    return _evaluate(white * spectrum(hz, person.exponent, duration), hz, times).T
+    return _evaluate(white * spectrum(hz, person.exponent, duration), hz, times).T.astype(np.float32)
 
 
 def slow_signal(rng: np.random.Generator, times: Floats) -> Floats:
     """One more signal (T,) of the same kind, for what the whole brain shares."""
     duration = float(times[-1] - times[0]) + float(times[1] - times[0])
     hz = frequencies(duration)
-    return _evaluate(_white(rng, 1, hz) * spectrum(hz, 1.0, duration), hz, times)[0]
+    signal: Floats = _evaluate(_white(rng, 1, hz) * spectrum(hz, 1.0, duration), hz, times)[0]
+    return signal
 
 
-def lag_reading(first: Floats, second: Floats, tr: float) -> float:
+def breathing(rng: np.random.Generator, times: Floats) -> Floats:
+    """A wave (T,) of variance 1 at 0.25 to 0.33 Hz, of wandering rate and depth; long repetition times alias it."""
+    hz = frequencies(float(times[-1] - times[0]))
+    slow = hz[hz < BREATHING_WANDER_HZ]
+    wander, depth = _evaluate(_white(rng, 2, slow) / np.sqrt(len(slow)), slow, times)
+    phase = 2 * np.pi * (rng.uniform(0.25, 0.33) * times + 0.5 * wander + rng.uniform())
+    wave: Floats = np.sqrt(2) * np.sin(phase) * np.exp(0.2 * depth - 0.04)
+    return wave
+
+
+def lag_reading(first: NDArray[np.float32], second: NDArray[np.float32], tr: float) -> float:
     """Correlation of `second` with `first` (T,) 4 s before it, less that with `first` 4 s after it."""
     step = max(round(LAG_S / tr), 1)
     follows = np.corrcoef(first[:-step], second[step:])[0, 1]
@@ -87,14 +99,14 @@ def spectrum(hz: Floats, exponent: float, duration: float) -> Complex:
     Components that complete a cycle within `duration` seconds have unit variance together, so that a run, its mean
     removed, has about that.
     """
-    gain = (KNEE_HZ**2 + hz**2) ** (-exponent / 4) * _response_gain(len(hz), float(hz[0]))
+    gain: Complex = (KNEE_HZ**2 + hz**2) ** (-exponent / 4) * _response_gain(len(hz), float(hz[0]))
     scaled: Complex = gain / np.sqrt((np.abs(gain[hz >= 1.0 / duration]) ** 2).sum())
     return scaled
 
 
 @lru_cache(maxsize=4)
 def _response_gain(count: int, step_hz: float) -> Complex:
-    times = np.arange(0, 32, 0.1)
+    times: Floats = np.arange(320) / 10
     hz = np.arange(1, count + 1) * step_hz
     gain: Complex = np.exp(-2j * np.pi * hz[:, None] * times) @ haemodynamic_response(times)
     return gain

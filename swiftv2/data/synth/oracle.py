@@ -65,9 +65,7 @@ def ceilings(config: SynthConfig) -> dict[str, Any]:
     return {trait: _ceiling(trait, [p.labels[trait] for p in people], measured) for trait in READERS}
 
 
-def _ceiling(
-    trait: str, labels: list[float], measured: list[Mapping[str, float]] | list[dict[str, float]]
-) -> dict[str, Any]:
+def _ceiling(trait: str, labels: list[float], measured: list[Mapping[str, float]] | list[dict[str, float]]) -> dict[str, Any]:
     scores = [values[trait] for values in measured]
     if trait not in BINARY:
         found = float(pearsonr(labels, scores).statistic)

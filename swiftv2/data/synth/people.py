@@ -62,15 +62,11 @@ def draw_people(config: SynthConfig, count: int, purpose: str = "people") -> lis
         rng = keyed.generator(config.seed, purpose, index)
         # A sibling follows their elder one, so that a pair costs two places and the share comes out as said.
         alone = (
-            not people
-            or people[-1].family != index - 1
-            or rng.random() >= config.sibling_share / (2 - config.sibling_share)
+            not people or people[-1].family != index - 1 or rng.random() >= config.sibling_share / (2 - config.sibling_share)
         )
         family = index if alone else people[-1].family
         site = family % config.sites
-        people.append(
-            _draw(config, index, family, site, rng, keyed.generator(config.seed, f"{purpose} family", family))
-        )
+        people.append(_draw(config, index, family, site, rng, keyed.generator(config.seed, f"{purpose} family", family)))
     return people
 
 
@@ -81,8 +77,7 @@ def _draw(
     z = dict(
         zip(
             TRAITS,
-            np.sqrt(share) * shared.standard_normal(len(TRAITS))
-            + np.sqrt(1 - share) * own.standard_normal(len(TRAITS)),
+            np.sqrt(share) * shared.standard_normal(len(TRAITS)) + np.sqrt(1 - share) * own.standard_normal(len(TRAITS)),
             strict=True,
         )
     )
@@ -101,12 +96,10 @@ def _draw(
         labels=labels,
         exponent=1.0 + 0.25 * tilt,
         laterality=float((0.3 if labels["asymmetry"] else -0.3) + 0.2 * own.standard_normal()),
-        ventricle_growth=float(
-            np.clip(0.45 + (0.15 if labels["ventricles"] else -0.15) + 0.2 * own.standard_normal(), 0, 1)
-        ),
+        ventricle_growth=float(np.clip(0.45 + (0.15 if labels["ventricles"] else -0.15) + 0.2 * own.standard_normal(), 0, 1)),
         restlessness=restlessness,
         fluctuation=float(np.clip(1.0 + 0.2 * own.standard_normal(), 0.5, 1.5)),
-        temporal_snr=float(own.uniform(45.0, 75.0) * (0.95 if site % 2 else 1.0)),
+        temporal_snr=float(own.uniform(43.0, 66.0) * (0.95 if site % 2 else 1.0)),
     )
 
 
@@ -130,6 +123,4 @@ def table(config: SynthConfig, people: list[Person]) -> list[dict[str, str]]:
 
 def withdrawn(config: SynthConfig, people: list[Person]) -> list[str]:
     """Names of the subjects who withdrew their consent."""
-    return [
-        p.name for p in people if keyed.generator(config.seed, "withdrawn", p.index).random() < config.withdrawn_share
-    ]
+    return [p.name for p in people if keyed.generator(config.seed, "withdrawn", p.index).random() < config.withdrawn_share]

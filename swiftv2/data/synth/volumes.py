@@ -7,19 +7,23 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from swiftv2.data.synth.anatomy import NETWORKS, TISSUES, Atlas, Lattice
-from swiftv2.data.synth.latents import LATERAL, network_bold, slow_signal
+from swiftv2.data.synth.latents import LATERAL, breathing, network_bold, slow_signal
 from swiftv2.data.synth.people import Person
 
 Array = NDArray[np.float32]
 
-GREY, WHITE, FLUID, OUTSIDE = 1000.0, 880.0, 1180.0, 40.0
-SLOPE = 0.25
+GREY, WHITE, FLUID = 1000.0, 880.0, 1180.0
+SLOPE = 1.25
 """Source units of one step of the stored integers."""
 GLOBAL_PERCENT, RESPIRATION_PERCENT, DRIFT_PERCENT = 0.35, 0.25, 0.4
 SMOOTH_NOISE_SHARE = 0.5
 NOISE_FWHM_MM = 6.0
 NOISE_MEMORY_SECONDS = 2.2
-SPIKE_MM = 0.5
+LEAST_NOISE_SHARE = 0.5
+"""Least deviation of the noise, as a share of the whole deviation."""
+SPIKE_SHARE = 0.5
+"""How much of a sudden move is left after realignment."""
+FRAMES_AT_ONCE = 64
 MEDIAN_DISPLACEMENT_MM = 0.12
 HEAD_RADIUS_MM = 50.0
 NON_STEADY_GAIN = 0.06
@@ -30,6 +34,8 @@ class Anatomy:
     """A person's static image and maps on a lattice, (z, y, x) float32 each."""
 
     lattice: Lattice
+    head: NDArray[np.bool_]
+    """Voxels with any signal; V of them."""
     brain: NDArray[np.bool_]
     grey: Array
     static: Array
@@ -58,63 +64,53 @@ def make_anatomy(person: Person, atlas: Atlas, lattice: Lattice, rng: np.random.
     image *= np.exp(0.12 * _smooth_field(lattice, rng))
     brain = mask > 0.5
     static: Array = np.where(mask > 0.05, image * np.minimum(total, 1.0), 0.0).astype(np.float32)
-    static += OUTSIDE * (1 - np.minimum(mask, 1.0))
     networks = maps[len(TISSUES) :].copy()
     _, _, x = lattice.axes()
     side = np.exp(np.where(x < 0, 0.5, -0.5) * person.laterality).astype(np.float32)
     networks[NETWORKS.index(LATERAL)] *= side
-    return Anatomy(lattice, brain, grey.astype(np.float32), static, networks)
+    return Anatomy(lattice, static > 0, brain, grey.astype(np.float32), static, networks)
 
 
 def make_run(person: Person, anatomy: Anatomy, frames: int, non_steady: int, rng: np.random.Generator) -> Run:
-    """One run of a person (deterministic in `rng`)."""
+    """One run of a person (deterministic in `rng`); the signals are made for the head's voxels alone, (T, V)."""
     times = np.arange(frames, dtype=np.float64) * np.float64(person.tr)
-    bold = network_bold(person, rng, times)
-    courses, maps = _components(person, anatomy, bold, times, rng)
-    grey = (anatomy.grey > 0.5) & anatomy.brain
-    per_cent = (courses.T @ maps.reshape(len(maps), -1)).reshape(frames, *anatomy.lattice.shape)
-    structured = float(np.sqrt(np.mean(per_cent[:, grey].var(0))))
+    per_cent = structured_signal(person, anatomy, times, rng)
+    shared = float(np.sqrt(np.mean(per_cent[:, anatomy.grey[anatomy.head] > 0.5].var(axis=0))))
     total = 100.0 / person.temporal_snr
-    noise = np.sqrt(max(total**2 - structured**2, (0.5 * total) ** 2))
-    per_cent += noise * _noise(anatomy.lattice, frames, person.tr, rng)
-    per_cent[:non_steady] += (
-        100.0 * NON_STEADY_GAIN * np.exp(-np.arange(non_steady, dtype=np.float32))[:, None, None, None]
-    )
+    noise = _noise(anatomy, frames, person.tr, rng)
+    noise *= np.float32(np.sqrt(max(total**2 - shared**2, (LEAST_NOISE_SHARE * total) ** 2)))
+    per_cent += noise
+    per_cent[:non_steady] += 100.0 * NON_STEADY_GAIN * np.exp(-np.arange(non_steady, dtype=np.float32))[:, None]
     steps, spikes = _motion(person, frames, rng)
-    image = anatomy.static * (1.0 + per_cent / 100.0)
-    gradient = np.stack([np.gradient(anatomy.static, anatomy.lattice.voxel_mm, axis=axis) for axis in (2, 1, 0)])
+    static = anatomy.static[anatomy.head]
+    image: Array = static * (1 + per_cent / np.float32(100))
+    gradient = [np.gradient(anatomy.static, anatomy.lattice.voxel_mm, axis=axis)[anatomy.head] for axis in (2, 1, 0)]
     for frame in np.flatnonzero(spikes):
-        image[frame] += 0.5 * np.tensordot(steps[frame, :3].astype(np.float32), gradient, 1)
-    stored = np.rint(image / SLOPE).clip(0, np.iinfo(np.int16).max).astype(np.int16)
+        image[frame] += SPIKE_SHARE * (steps[frame, :3].astype(np.float32) @ np.stack(gradient))
+    stored = np.zeros((frames, *anatomy.lattice.shape), np.int16)
+    stored[:, anatomy.head] = np.rint(image / SLOPE).clip(0, np.iinfo(np.int16).max)
     return Run(stored, _confounds(image, anatomy, steps), non_steady)
 
 
-def _components(
-    person: Person, anatomy: Anatomy, bold: Array, times: NDArray[np.float64], rng: np.random.Generator
-) -> tuple[Array, Array]:
-    """Time courses (components, T) and maps (components, z, y, x), whose products are per cent of the static image."""
-    grey = (anatomy.grey > 0.5) & anatomy.brain
-    networks = anatomy.networks * anatomy.brain
-    amplitude = np.sqrt(np.mean(np.square(networks[:, grey]).sum(0)))
-    body = (anatomy.grey + 0.4) * anatomy.brain
-    breath = np.sin(
-        2 * np.pi * (rng.uniform(0.25, 0.33) * times + 0.3 * np.cumsum(rng.standard_normal(len(times))) / 10)
-    )
+def structured_signal(person: Person, anatomy: Anatomy, times: NDArray[np.float64], rng: np.random.Generator) -> Array:
+    """What voxels share, (T, V) in per cent of the static image: networks, global signal, breathing and drift."""
+    networks = anatomy.networks[:, anatomy.head]
+    grey = anatomy.grey[anatomy.head]
+    amplitude = np.sqrt(np.mean(np.square(networks[:, grey > 0.5]).sum(axis=0)))
     # Legendre polynomials, so that linear and quadratic drifts do not lean on one another.
     along = np.linspace(-1.0, 1.0, len(times))
-    fields = np.stack([_smooth_field(anatomy.lattice, rng) for _ in range(3)]) * anatomy.brain
-    courses = np.vstack(
-        (bold.T, slow_signal(rng, times)[None], breath[None], along[None], (1.5 * along**2 - 0.5)[None])
+    bold = network_bold(person, rng, times)
+    drifts = np.stack((np.sqrt(3.0) * along, np.sqrt(5.0) * (1.5 * along**2 - 0.5)))
+    courses = np.vstack((bold.T, slow_signal(rng, times), breathing(rng, times), drifts)).astype(np.float32)
+    fields = [_smooth_field(anatomy.lattice, rng)[anatomy.head] for _ in range(3)]
+    maps = (
+        networks * np.float32(person.fluctuation / amplitude),
+        GLOBAL_PERCENT * (grey + 0.4)[None],
+        RESPIRATION_PERCENT * fields[0][None],
+        DRIFT_PERCENT * np.stack(fields[1:]),
     )
-    maps = np.concatenate(
-        (
-            networks * (person.fluctuation / amplitude),
-            GLOBAL_PERCENT * body[None],
-            RESPIRATION_PERCENT * np.sqrt(2.0) * fields[:1],
-            DRIFT_PERCENT * fields[1:],
-        )
-    )
-    return courses.astype(np.float32), maps.astype(np.float32)
+    signal: Array = courses.T @ np.concatenate(maps, dtype=np.float32)
+    return signal
 
 
 def _smooth_field(lattice: Lattice, rng: np.random.Generator) -> Array:
@@ -126,18 +122,20 @@ def _smooth_field(lattice: Lattice, rng: np.random.Generator) -> Array:
     return np.broadcast_to(np.asarray(field, dtype=np.float32), lattice.shape)
 
 
-def _noise(lattice: Lattice, frames: int, tr: float, rng: np.random.Generator) -> Array:
-    """Noise of unit deviation (T, z, y, x): a spatially smooth part that remembers, and a white part."""
-    shape = (frames, *lattice.shape)
-    smooth: Array = rng.standard_normal(shape, dtype=np.float32)
-    sigma = NOISE_FWHM_MM / 2.355 / lattice.voxel_mm
-    ndimage.gaussian_filter(smooth, (0.0, sigma, sigma, sigma), mode="wrap", truncate=3.0, output=smooth)
-    smooth /= smooth[0].std()
+def _noise(anatomy: Anatomy, frames: int, tr: float, rng: np.random.Generator) -> Array:
+    """Noise of unit deviation (T, V): a spatially smooth part that remembers, and a white part."""
+    sigma = NOISE_FWHM_MM / 2.355 / anatomy.lattice.voxel_mm
+    smooth = np.empty((frames, int(anatomy.head.sum())), np.float32)
+    for start in range(0, frames, FRAMES_AT_ONCE):
+        box = rng.standard_normal((min(FRAMES_AT_ONCE, frames - start), *anatomy.lattice.shape), dtype=np.float32)
+        ndimage.gaussian_filter(box, (0.0, sigma, sigma, sigma), mode="wrap", truncate=2.5, output=box)
+        smooth[start : start + len(box)] = box[:, anatomy.head]
+    smooth /= smooth.std()
     memory = np.float32(np.exp(-tr / NOISE_MEMORY_SECONDS))
     for frame in range(1, frames):
         smooth[frame] *= np.sqrt(1 - memory**2)
         smooth[frame] += memory * smooth[frame - 1]
-    white = rng.standard_normal(shape, dtype=np.float32)
+    white = rng.standard_normal(smooth.shape, dtype=np.float32)
     smooth *= np.float32(np.sqrt(SMOOTH_NOISE_SHARE))
     white *= np.float32(np.sqrt(1 - SMOOTH_NOISE_SHARE))
     smooth += white
@@ -151,9 +149,7 @@ def _motion(person: Person, frames: int, rng: np.random.Generator) -> tuple[NDAr
     # The sum of six half-normal numbers has a mean of 4.8 deviations.
     steps = usual / 4.8 * sizes * rng.standard_normal((frames, 6))
     spikes = rng.random(frames) < 0.1 * usual
-    steps[spikes] += (
-        sizes * rng.choice([-1.0, 1.0], (int(spikes.sum()), 6)) * rng.uniform(0.1, 0.4, (int(spikes.sum()), 1))
-    )
+    steps[spikes] += sizes * rng.choice([-1.0, 1.0], (int(spikes.sum()), 6)) * rng.uniform(0.1, 0.4, (int(spikes.sum()), 1))
     steps[0], spikes[0] = 0.0, False
     return steps, spikes
 
@@ -161,15 +157,13 @@ def _motion(person: Person, frames: int, rng: np.random.Generator) -> tuple[NDAr
 def _confounds(image: Array, anatomy: Anatomy, steps: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     """Columns of fMRIPrep's table that follow from the images and the motion."""
     parameters = np.cumsum(steps, axis=0)
-    displacement = np.abs(steps[:, :3]).sum(1) + HEAD_RADIUS_MM * np.abs(steps[:, 3:]).sum(1)
+    displacement = np.abs(steps[:, :3]).sum(axis=1) + HEAD_RADIUS_MM * np.abs(steps[:, 3:]).sum(axis=1)
     displacement[0] = np.nan
-    white = anatomy.brain & (anatomy.grey < 0.1) & (anatomy.static < GREY)
-    fluid = anatomy.brain & (anatomy.static > np.quantile(anatomy.static[anatomy.brain], 0.97))
-    columns = {
-        "global_signal": image[:, anatomy.brain].mean(1).astype(np.float64),
-        "white_matter": image[:, white].mean(1).astype(np.float64),
-        "csf": image[:, fluid].mean(1).astype(np.float64),
-        "framewise_displacement": displacement,
-    }
+    brain, grey, static = anatomy.brain[anatomy.head], anatomy.grey[anatomy.head], anatomy.static[anatomy.head]
+    white = brain & (grey < 0.1) & (static < GREY)
+    fluid = brain & (static > np.quantile(static[brain], 0.97))
+    means = {"global_signal": brain, "white_matter": white, "csf": fluid}
+    columns = {name: image[:, part].mean(axis=1).astype(np.float64) for name, part in means.items()}
+    columns["framewise_displacement"] = displacement
     names = ("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z")
     return columns | dict(zip(names, parameters.T, strict=True))
