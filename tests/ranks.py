@@ -1,4 +1,4 @@
-"""How tests start real ranks of the command line: alone, by torchrun, by mpiexec."""
+"""How tests start real ranks, of the command line or of a worker script: alone, by torchrun, by mpiexec."""
 
 import contextlib
 import os
@@ -12,16 +12,25 @@ import swiftv2
 
 Launcher = Literal["alone", "torchrun", "mpiexec"]
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMPI_", "PMI_", "MPI_", "SLURM_", "TORCHELASTIC_")
+WORKERS = Path(__file__).parent / "engine" / "workers"
 
 
 def command(words: Sequence[str], ranks: int = 1, launcher: Launcher = "torchrun") -> list[str]:
     """`swiftv2 WORDS` on so many ranks of this host."""
-    module = ["-m", "swiftv2", *words]
+    return _launch(["-m", "swiftv2", *words], ranks, launcher)
+
+
+def worker(ranks: int, script: str, *words: str) -> list[str]:
+    """A worker script of the engine's tests on so many ranks of this host."""
+    return _launch([str(WORKERS / script), *words], ranks, "torchrun")
+
+
+def _launch(program: Sequence[str], ranks: int, launcher: Launcher) -> list[str]:
     if launcher == "mpiexec":
-        return [str(Path(sys.executable).parent / "mpiexec"), "-n", str(ranks), sys.executable, *module]
+        return [str(Path(sys.executable).parent / "mpiexec"), "-n", str(ranks), sys.executable, *program]
     if launcher == "alone" or ranks == 1:
-        return [sys.executable, *module]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *module]
+        return [sys.executable, *program]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *program]
 
 
 def environment() -> dict[str, str]:
@@ -41,15 +50,10 @@ def swiftv2_run(
 
 
 @contextlib.contextmanager
-def swiftv2_started(words: Sequence[str], ranks: int) -> Iterator[subprocess.Popen[str]]:
-    """A command in a session of its own; what is left of it at the end is killed."""
+def started(words: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process in a session of its own; what is left of it at the end is killed."""
     process = subprocess.Popen(
-        command(words, ranks),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     try:
         yield process
@@ -57,3 +61,10 @@ def swiftv2_started(words: Sequence[str], ranks: int) -> Iterator[subprocess.Pop
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, 9)
         process.communicate()
+
+
+@contextlib.contextmanager
+def swiftv2_started(words: Sequence[str], ranks: int) -> Iterator[subprocess.Popen[str]]:
+    """A command that runs meanwhile."""
+    with started(command(words, ranks)) as process:
+        yield process

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_ranks import command, environment
+from ranks import environment, worker
 
 FP32 = {"precision": "fp32"}
 RUNS: dict[str, dict[str, Any]] = {
@@ -49,7 +49,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Report]:
         }
         task |= {"survival": STATES, "poison": POISONED} if ranks == 2 else {}
         task["unused"] = {name: RUNS[name] for name in ("plain", "zero2")} if ranks == 2 else {}
-        words = command(ranks, "steps.py", json.dumps(task))
+        words = worker(ranks, "steps.py", json.dumps(task))
         done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout == "", "standard output belongs to the command's own answer"
@@ -76,9 +76,7 @@ def test_fp32_gives_the_losses_of_plain_pytorch(reports: dict[int, Report], rank
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", ["zero1 bf16", "zero2 bf16"])
-def test_bf16_gives_the_losses_of_plain_pytorch_on_the_same_ranks(
-    reports: dict[int, Report], ranks: int, name: str
-) -> None:
+def test_bf16_gives_the_losses_of_plain_pytorch_on_the_same_ranks(reports: dict[int, Report], ranks: int, name: str) -> None:
     assert _distance(reports[ranks][name]["rows"], reports[ranks]["plain bf16"]["rows"]) < TOLERANCE
     losses = [[loss] for loss, _ in reports[ranks][name]["rows"]]
     assert _distance(losses, [[loss] for loss, _ in reports[1]["plain bf16"]["rows"]]) < TOLERANCE_BF16
@@ -117,7 +115,7 @@ def test_mpirun_starts_the_same_ranks(reports: dict[int, Report], tmp_path: Path
     if mpiexec is None:
         pytest.skip("no mpiexec here")
     task = {"report": str(tmp_path / "report.json"), "runs": {"plain": RUNS["plain"]}}
-    words = [mpiexec, "-n", "2", *command(1, "steps.py", json.dumps(task))]
+    words = [mpiexec, "-n", "2", *worker(1, "steps.py", json.dumps(task))]
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "report.json").read_text())

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_ranks import command, environment, started
+from ranks import environment, started, worker
 from safetensors.torch import load_file
 
 from swiftv2.engine.checkpoint import latest, list_checkpoints
@@ -26,7 +26,7 @@ def _options(engine: dict[str, Any], seconds: float = 0.0, **train: int) -> str:
 
 
 def _run(ranks: int, run_dir: Path, options: str) -> str:
-    words = command(ranks, "run.py", str(run_dir), options)
+    words = worker(ranks, "run.py", str(run_dir), options)
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
@@ -74,7 +74,7 @@ def test_killed_damaged_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
     steps = {"max_steps": 24, "save_every": 4, "keep_last": 3}
     _run(2, undisturbed, _options(ZERO2, **steps))
     step = random.randint(9, 20)  # noqa: S311 (any step will do; it is shown on failure)
-    with started(command(2, "run.py", str(disturbed), _options(ZERO2, 0.05, **steps))) as process:
+    with started(worker(2, "run.py", str(disturbed), _options(ZERO2, 0.05, **steps))) as process:
         _wait_for_step(disturbed, step, process)
         for pid in _family(process.pid):
             os.kill(pid, signal.SIGKILL)
@@ -116,7 +116,7 @@ def _another_world_size(two_ranks: Path, reference: Path, steps: dict[str, int])
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path) -> None:
     stopped = tmp_path / "stopped"
     steps = {"max_steps": 20, "save_every": 100}
-    with started(command(2, "run.py", str(stopped), _options(PLAIN, 0.1, **steps))) as process:
+    with started(worker(2, "run.py", str(stopped), _options(PLAIN, 0.1, **steps))) as process:
         _wait_for_step(stopped, 4, process)
         os.kill(_family(process.pid)[-1], signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
