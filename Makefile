@@ -5,12 +5,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RANKS ?= 2
 DEMO ?= demo
+# The keys of generated subjects are no secret; a fixed salt gives everyone the same split. Real data want a random one.
+SALT := 5d41402abc4b2a76b9719d911017c592
 
 .PHONY: pretrain test environment lint types tests clean
 
 pretrain: environment
 	$(BIN)/swiftv2 store synth $(DEMO)/bids --config configs/synth/demo.yaml
-	$(BIN)/swiftv2 store build $(DEMO)/bids $(DEMO)/cohort.zarr grid.voxel_mm=4
+	$(BIN)/swiftv2 store build $(DEMO)/bids $(DEMO)/cohort.zarr --cohort generated --salt $(SALT) grid.voxel_mm=4
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) \
 		-m swiftv2 pretrain configs/pretrain/demo.yaml data.store=$(DEMO)/cohort.zarr run.dir=$(DEMO)/run
 
