@@ -115,14 +115,17 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) 
 
 
 class Shown:
-    """How far a command is: one moving line on a terminal, a line every few seconds elsewhere; on standard error."""
+    """How far a command is: one moving line on a terminal, elsewhere a line every few seconds; on standard error.
+
+    A command that is done in a few seconds shows nothing but its answer.
+    """
 
     def __init__(self, unit: str, *, shown: bool = True) -> None:
         self._unit = unit
         self._shown = shown
         self._bar: Progress | None = None
         self._first: float | None = None
-        self._last_line = time.monotonic()
+        self._last_line, self._lines = time.monotonic(), 0
         self._bytes_before = 0
 
     def __enter__(self) -> Self:
@@ -164,7 +167,7 @@ class Shown:
         text = "  ".join(parts)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, description=text)
-        elif done == total or now - self._last_line >= LINE_SECONDS:
-            self._last_line = now
+        elif now - self._last_line >= LINE_SECONDS or (done == total and self._lines):
+            self._last_line, self._lines = now, self._lines + 1
             stamp = f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S}"
             print(f"{stamp} {self._unit} {done}/{total}  {text}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201 (where a person reads)
