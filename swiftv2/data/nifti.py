@@ -22,6 +22,17 @@ _UNSET_TR_S = (0.0, 1.0)
 """Values that tools write into the header where they do not know the repetition time."""
 _TR_TOLERANCE_S = 0.005
 _BLOCK_BYTES = 1 << 22
+_DAMAGE = (
+    EOFError,
+    zlib.error,
+    OSError,
+    ValueError,
+    KeyError,
+    OverflowError,
+    nib.filebasedimages.ImageFileError,
+    nib.spatialimages.HeaderDataError,
+)
+"""What nibabel raises on files that are cut short or whose header makes no sense."""
 
 
 class RefusedError(SwiftError):
@@ -60,7 +71,7 @@ def _refusing(what: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise RefusedError(f"{what} is missing") from error
-    except (EOFError, zlib.error, OSError, ValueError, KeyError, nib.filebasedimages.ImageFileError) as error:
+    except _DAMAGE as error:
         raise RefusedError(f"{what} is truncated or damaged ({type(error).__name__})") from error
 
 
@@ -80,6 +91,8 @@ def _checked_affine(image: Any) -> FloatArray:
     affine = np.asarray(image.affine, dtype=np.float64)
     if not np.isfinite(affine).all() or abs(float(np.linalg.det(affine[:3, :3]))) < 1e-6:
         raise RefusedError("the affine is singular or not finite")
+    if None in orientations.aff2axcodes(affine):
+        raise RefusedError("the affine does not tell which way an axis runs")
     if all(codes):
         with _refusing("the header's qform"):
             handed = np.linalg.det(header.get_qform()[:3, :3])
@@ -107,6 +120,8 @@ def read_header(path: Path) -> Header:
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise RefusedError(f"number type {dtype} is not supported")
     affine = _checked_affine(image)
+    with _refusing("the header's time unit"):
+        tr = _header_tr(image.header)
     return Header(
         shape=(shape[0], shape[1], shape[2]),
         frames=shape[3],
@@ -115,7 +130,7 @@ def read_header(path: Path) -> Header:
         intercept=float(image.dataobj.inter),
         affine=affine,
         orientation="".join(orientations.aff2axcodes(affine)),
-        tr=_header_tr(image.header),
+        tr=tr,
     )
 
 

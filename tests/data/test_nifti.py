@@ -1,9 +1,12 @@
+import contextlib
 import gzip
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from store_files import SHAPE, bold_values, mni_affine, nifti, save_nifti
 
 from swiftv2.data.grid import kept_voxels, place, source_grid
@@ -140,6 +143,37 @@ def test_header_time_follows_its_unit(tmp_path: Path) -> None:
     image.header.set_xyzt_units("mm", "unknown")
     nifti.save(image, tmp_path / "unknown.nii")
     assert read_header(tmp_path / "unknown.nii").tr is None
+
+
+@pytest.mark.parametrize(
+    ("offset", "data"),
+    [
+        (70, b"\x53\x00"),  # a number type that does not exist
+        (108, np.float32(100).tobytes()),  # voxels that begin inside the header
+        (112, np.float32(2).tobytes() + np.float32(np.inf).tobytes()),  # a slope whose intercept is no number
+        (123, b"\x58"),  # units that do not exist
+        (288, np.float32(1e30).tobytes()),  # an axis that swallows another
+    ],
+)
+def test_a_header_without_sense_is_a_refusal_of_this_file(offset: int, data: bytes, tmp_path: Path) -> None:
+    path = good(tmp_path / "run.nii")
+    content = bytearray(path.read_bytes())
+    content[offset : offset + len(data)] = data
+    path.write_bytes(bytes(content))
+    with pytest.raises(RefusedError):
+        read_header(path)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 347), st.integers(0, 255)), min_size=1, max_size=4))
+def test_any_header_is_read_or_refused(tmp_path: Path, changes: list[tuple[int, int]]) -> None:
+    path = good(tmp_path / "run.nii")
+    content = bytearray(path.read_bytes())
+    for place_, value in changes:
+        content[place_] = value
+    path.write_bytes(bytes(content))
+    with contextlib.suppress(RefusedError):
+        assert len(read_header(path).orientation) == 3
 
 
 def test_background_is_the_number_nearest_to_zero() -> None:
