@@ -21,7 +21,7 @@ from swiftv2.data.synth.people import Person, draw_people, table, withdrawn
 from swiftv2.errors import SwiftError, UsageError
 
 CONFIG_FILE = "synth.json"
-VERSION = 1
+VERSION = 2
 """Raised when the same configuration gives other files: results on a cohort name it."""
 
 

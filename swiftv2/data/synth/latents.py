@@ -24,7 +24,7 @@ LAG_SHARE = 0.8
 """Share of the variance that the two networks of the lagged trait have in common."""
 BASE_COUPLING = 0.1
 BREATHING_WANDER_HZ = 0.03
-LATERAL = "VentralAttention"
+LATERAL = "FrontoParietalPosterior"
 """The network whose two sides differ in amplitude."""
 PAIRS = {
     "coupling_weak": ("FrontoParietalAnterior", "DorsalAttention"),
