@@ -57,9 +57,7 @@ class Checkpoint:
         try:
             return TrainerState(**{key: value for key, value in values.items() if key in known})
         except TypeError as error:
-            raise SwiftError(
-                f"{self.path / TRAINER}: entries are missing: it is damaged or of another version"
-            ) from error
+            raise SwiftError(f"{self.path / TRAINER}: entries are missing: it is damaged or of another version") from error
 
 
 def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
@@ -116,21 +114,27 @@ def save_checkpoint(run_dir: Path, backend: Backend, state: TrainerState, world:
 def load_newest(run_dir: Path, backend: Backend, world: World) -> tuple[TrainerState | None, list[str]]:
     """Load the newest checkpoint whose files all match their hashes (collective).
 
+    Newer ones that are damaged are renamed `damaged_step_N`: by their sizes alone they might look whole, and count among
+    those kept in the place of good ones.
+
     Returns:
         (state, problems): the trainer state, None where the run has no checkpoint at all; and a line for each newer
-        checkpoint that was passed over because it is damaged.
+        checkpoint that was set aside because it is damaged.
 
     Raises:
         SwiftError: there are checkpoints but all are damaged, or the whole one does not fit the model.
     """
     problems: list[str] = []
+    damaged: list[Path] = []
     for candidate in on_first(lambda: list_checkpoints(run_dir), world):
         problem = candidate.problem or check_hashes(candidate.path, world)
         if problem is None:
             state = on_first(candidate.trainer, world)
             backend.load(candidate.path, state.layout)
+            on_first(lambda: [_set_aside(path) for path in damaged], world)
             return state, problems
         problems.append(problem)
+        damaged.append(candidate.path)
     if problems:
         raise SwiftError(
             f"{run_dir}: no checkpoint is whole ({'; '.join(problems)}); restore one, or remove "
@@ -140,14 +144,14 @@ def load_newest(run_dir: Path, backend: Backend, world: World) -> tuple[TrainerS
 
 
 def prune(run_dir: Path, keep_last: int, best_step: int | None, world: World) -> list[int]:
-    """Delete all whole checkpoints but the last `keep_last` and the best; returns the steps deleted (collective).
+    """Delete all whole checkpoints but the best and the last `keep_last` others; returns the steps deleted (collective).
 
     Damaged ones neither count nor are touched.
     """
 
     def act() -> list[int]:
-        whole = [c for c in list_checkpoints(run_dir) if c.problem is None]
-        old = [c for c in whole[keep_last:] if c.step != best_step]
+        whole = [c for c in list_checkpoints(run_dir) if c.problem is None and c.step != best_step]
+        old = whole[keep_last:]
         for checkpoint in old:
             _remove(checkpoint.path)
         return [c.step for c in old]
@@ -164,10 +168,17 @@ def _clear(partial: Path) -> None:
 
 def _commit(partial: Path, final: Path) -> None:
     sync(partial)
-    if final.exists():  # a damaged one that was passed over, or the same step saved again
+    if final.exists():  # the same step saved again
         _remove(final)
     partial.rename(final)
     sync(final.parent)
+
+
+def _set_aside(folder: Path) -> None:
+    aside = folder.with_name(f"damaged_{folder.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    folder.rename(aside)
 
 
 def _remove(folder: Path) -> None:

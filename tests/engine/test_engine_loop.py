@@ -105,14 +105,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(finished: Path, 
     result = _fit(run, 8)
     assert result.step == 8
     damaged, resumed = (
-        next(e for e in read_lines(run / "events.jsonl") if e["event"] == kind)
-        for kind in ("checkpoint_damaged", "resumed")
+        next(e for e in read_lines(run / "events.jsonl") if e["event"] == kind) for kind in ("checkpoint_damaged", "resumed")
     )
     assert resumed["step"] == 4
     assert str(run / "checkpoints" / "step_8") in damaged["problem"]
     verify_checkpoint(run / "checkpoints" / "step_8")
     losses = [[row["loss"] for row in read_metrics(path / "metrics.jsonl")] for path in (finished, run)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_a_damaged_checkpoint_takes_no_good_ones_place(finished: Path, tmp_path: Path, keep_last: int) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    _flip(run / "checkpoints" / "step_8" / "weights.safetensors")
+    _fit(run, 7, train={"save_every": 1, "keep_last": keep_last})
+    assert [c.step for c in list_checkpoints(run)] == [7, 6][:keep_last]
+    for checkpoint in list_checkpoints(run):
+        verify_checkpoint(checkpoint.path)
+    assert (run / "checkpoints" / "damaged_step_8").is_dir()
 
 
 def test_with_all_checkpoints_damaged_nothing_begins_afresh(finished: Path, tmp_path: Path) -> None:
@@ -170,14 +180,20 @@ def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
     assert result.values["heldout/loss"] == 2.0
     assert [c.step for c in list_checkpoints(tmp_path)] == [12, 4]
     assert list_checkpoints(tmp_path)[0].trainer().best_value == 1.0
+    assert [e["removed"] for e in read_lines(tmp_path / "events.jsonl") if e["event"] == "saved"] == [
+        [],
+        [],
+        [2],
+        [3],
+        [6],
+        [9],
+    ]
     rows = {row["step"]: row for row in read_metrics(tmp_path / "metrics.jsonl")}
     assert {s: row["heldout/loss"] for s, row in rows.items() if "heldout/loss" in row} == scores
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_stops_after_the_step_and_the_run_goes_on(
-    finished: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_signal_stops_after_the_step_and_the_run_goes_on(finished: Path, tmp_path: Path, number: signal.Signals) -> None:
     def interrupted(samples: int) -> Iterator[Any]:
         for index, batch in enumerate(_stream(samples)):
             if index == 2:
