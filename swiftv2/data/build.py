@@ -4,12 +4,13 @@ Every run has its own shards, written once by the rank that reads the run. What 
 left in a staging folder and put together at the end, each shared shard by one rank. The group's metadata come last.
 """
 
+import contextlib
 import hashlib
 import heapq
 import hmac
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -108,11 +109,13 @@ def build(
         return known
     mine = _together(ranks, lambda: [inspect(one, options) for one in discovery.sources[ranks.rank :: ranks.size]])
     parts = ranks.gather(mine)
-    plan = _on_first(ranks, lambda: _begin(store, make_plan(discovery, _interleave(parts or []), options, chosen), options))
+    writing = _writing(store)
+    planned = writing(lambda: _begin(store, make_plan(discovery, _interleave(parts or []), options, chosen), options))
+    plan = _on_first(ranks, planned)
     _together(ranks, lambda: _work(store, plan, options, ranks, progress))
-    runs, refused = _on_first(ranks, lambda: _collect(store, plan, options, strict=strict))
-    _together(ranks, lambda: _assemble(store, runs, len(plan.candidates), ranks))
-    return _on_first(ranks, lambda: _finish(store, plan, runs, refused))
+    runs, refused = _on_first(ranks, writing(lambda: _collect(store, plan, options, strict=strict)))
+    _together(ranks, writing(lambda: _assemble(store, runs, len(plan.candidates), ranks)))
+    return _on_first(ranks, writing(lambda: _finish(store, plan, runs, refused)))
 
 
 def _together(ranks: Communicator, action: Callable[[], Result]) -> Result:
@@ -133,6 +136,17 @@ def _together(ranks: Communicator, action: Callable[[], Result]) -> Result:
         kind, message = first
         raise kind(message)
     return result  # type: ignore[return-value]  # No failure means that the action returned.
+
+
+@contextlib.contextmanager
+def _writing(store: Path) -> Iterator[None]:
+    """Make a failure to write an error that names the place (a context, or what wraps an action)."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or f"store {store} cannot be written"
+        reason = error.strerror or type(error).__name__
+        raise SwiftError(f"{place}: {reason}; mend that and build again, it goes on") from error
 
 
 def _on_first(ranks: Communicator, action: Callable[[], Result]) -> Result:
@@ -215,7 +229,8 @@ def _work(store: Path, plan: Plan, options: Options, ranks: Communicator, progre
         try:
             taken = take_run(candidate, plan.grid, plan.voxels, resample=options.grid.resample, keep_float=options.keep_float)
         except RefusedError as refusal:
-            stage_refusal(staged, candidate.row, str(refusal))
+            with _writing(store):
+                stage_refusal(staged, candidate.row, str(refusal))
         else:
             _write(store, taken)
         if progress is not None and ranks.rank == 0:
@@ -223,12 +238,9 @@ def _work(store: Path, plan: Plan, options: Options, ranks: Communicator, progre
 
 
 def _write(store: Path, taken: Taken) -> None:
-    try:
+    with _writing(store):
         written = layout.write_bold(store, taken.run.dtype, taken.run.row, taken.bold)
         stage(_rows_folder(store), taken, written)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise SwiftError(f"store {store} cannot be written ({reason}): mend that and build again, it goes on") from error
 
 
 def _left(staged: Path, plan: Plan) -> list[Candidate]:

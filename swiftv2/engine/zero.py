@@ -250,7 +250,7 @@ def _calm_logging() -> None:
     logger.setLevel(logging.WARNING)
     for handler in logger.handlers:
         if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
+            handler.stream = sys.stderr  # setStream would flush the former one, which may be closed
 
 
 def _quiet() -> contextlib.redirect_stdout[io.StringIO]:
