@@ -34,11 +34,13 @@ def on_first(action: Callable[[], T], world: World) -> T:
 
     Raises:
         SwiftError: on every rank, where the action failed on rank 0.
+        Exception: on rank 0, where the action failed by a mistake in the program; the other ranks raise a SwiftError.
     """
     value, error = _attempt(action) if world.rank == 0 else (None, None)
-    value, error = broadcast((value, error), world)
-    if error is not None:
-        raise error
+    value, told = broadcast((value, _for_others(error, 0)), world)
+    failure = error or told
+    if failure is not None:
+        raise failure
     return value  # type: ignore[return-value]  # without an error there is a value
 
 
@@ -47,19 +49,30 @@ def on_all(action: Callable[[], T], world: World) -> list[T]:
 
     Raises:
         SwiftError: on every rank, where the action failed on any; the lowest failing rank is named.
+        Exception: on the rank itself, where the action failed by a mistake in the program.
     """
-    outcomes = gather(_attempt(action), world)
+    value, own = _attempt(action)
+    outcomes = gather((value, _for_others(own, world.rank)), world)
+    if own is not None and not isinstance(own, SwiftError):
+        raise own
     for rank, (_, error) in enumerate(outcomes):
         if error is not None:
             raise type(error)(f"{error} (rank {rank})" if world.size > 1 else str(error))
     return [value for value, _ in outcomes]  # type: ignore[misc]  # without errors there are values
 
 
-def _attempt(action: Callable[[], T]) -> tuple[T | None, SwiftError | None]:
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return action(), None
-    except SwiftError as error:
-        return None, error
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return None, SwiftError(f"{where}{error.strerror or error}")
+    except Exception as error:  # noqa: BLE001 (raised again; until then the other ranks must not wait for this one)
+        return None, error
+
+
+def _for_others(error: Exception | None, rank: int) -> SwiftError | None:
+    """What the other ranks are told of a failure; only our own errors are sure to survive the way there."""
+    if error is None or isinstance(error, SwiftError):
+        return error
+    return SwiftError(f"rank {rank} failed: {type(error).__name__}: {error}")
