@@ -22,7 +22,7 @@ from swiftv2.data.synth.anatomy import NETWORKS, TISSUES, Atlas, load_atlas
 from swiftv2.data.synth.files import FAULTS, field_of_view, write_person
 from swiftv2.data.synth.latents import LATERAL
 from swiftv2.data.synth.people import TRAITS, draw_people, table, withdrawn
-from swiftv2.data.synth.volumes import SLOPE, Anatomy, Run, make_anatomy, make_run, structured_signal
+from swiftv2.data.synth.volumes import SLOPE, Anatomy, Run, components, make_anatomy, make_run, shared_signal
 from swiftv2.errors import UsageError
 
 # nibabel's images carry no precise annotations.
@@ -111,8 +111,7 @@ def _simulated(config: SynthConfig, atlas: Atlas, index: int) -> tuple[Anatomy, 
     person = draw_people(config, index + 1)[index]
     lattice = field_of_view(atlas, config.voxel_mm)
     anatomy = make_anatomy(person, atlas, lattice, keyed.generator(config.seed, "anatomy", index))
-    times = np.arange(config.frames, dtype=np.float64) * np.float64(person.tr)
-    signal = structured_signal(person, anatomy, times, keyed.generator(config.seed, "test", index))
+    signal = shared_signal(*components(person, anatomy, config.frames, keyed.generator(config.seed, "test", index)))
     run = make_run(person, anatomy, config.frames, 0, keyed.generator(config.seed, "test", index))
     grey = (anatomy.grey[anatomy.head] > 0.5) & anatomy.brain[anatomy.head]
     whole = run.stored[:, anatomy.head][:, grey] * (100 * SLOPE / anatomy.static[anatomy.head][grey])
@@ -205,10 +204,16 @@ def test_bad_files_are_bad_as_said(cohort: Path) -> None:
     assert (int(header["qform_code"]), int(header["sform_code"])) == (0, 0)
 
 
-def test_a_store_takes_the_good_runs_without_resampling_and_refuses_the_bad(cohort: Path, tmp_path: Path) -> None:
+def test_a_store_takes_the_good_runs_without_resampling_and_says_what_is_wrong_with_the_bad(
+    cohort: Path, tmp_path: Path
+) -> None:
     report = build(cohort, tmp_path / "cohort.zarr", GridConfig(voxel_mm=6), "generated")
-    assert report.taken == len(_good_files(cohort))
-    assert len(report.refused) == len(_bold_files(cohort)) - report.taken
+    assert report.taken == len(_bold_files(cohort)) - len(FAULTS)
+    lines = [json.loads(line) for line in report.report.read_text().splitlines()]
+    refused = {line["file"].partition("/")[0]: line["reason"] for line in lines if line["status"] == "refused"}
+    reasons = [refused[f"sub-{CONFIG.subjects + 1 + number:04d}"] for number in range(len(FAULTS))]
+    expected = ("truncated or damaged", "NaN or infinity", "constant", "3-D, not 4-D", "no orientation")
+    assert all(part in reason for part, reason in zip(expected, reasons, strict=True)), reasons
 
 
 def test_labels_families_and_withdrawals(cohort: Path) -> None:

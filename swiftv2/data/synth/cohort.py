@@ -1,15 +1,20 @@
 """Generate a cohort: subjects in parallel, the same files whatever the number of workers."""
 
+import fcntl
+import glob
 import json
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing import connection
 from pathlib import Path
 
 from swiftv2 import __version__
@@ -21,7 +26,7 @@ from swiftv2.data.synth.people import Person, draw_people, table, withdrawn
 from swiftv2.errors import SwiftError, UsageError
 
 CONFIG_FILE = "synth.json"
-VERSION = 2
+VERSION = 3
 """Raised when the same configuration gives other files: results on a cohort name it."""
 
 
@@ -67,8 +72,10 @@ def generate(
     faults = [None] * config.subjects + [FAULTS[i % len(FAULTS)] for i in range(config.bad_files)]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         partial.mkdir()
+        lock = _lock(partial)
     except OSError as error:
         raise SwiftError(f"{folder}: cannot be written ({error.strerror})") from error
     try:
@@ -85,9 +92,36 @@ def generate(
         partial.rename(folder)
     except OSError as error:
         raise SwiftError(f"{folder}: cannot be written ({error.strerror or error}); nothing was left there") from error
+    except BrokenProcessPool as error:
+        raise SwiftError(f"{folder}: a worker was killed (no memory?); nothing was left there, try fewer workers") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
     return SynthReport(config.subjects, runs, frames, config.bad_files, time.perf_counter() - begun)
+
+
+def _lock(partial: Path) -> int | None:
+    """Hold a folder until the descriptor is closed or this process ends; None where it is held or cannot be."""
+    try:
+        descriptor = os.open(partial, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left of the same cohort: the folders that nobody holds."""
+    for stale in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
+        lock = _lock(stale)
+        if lock is not None:
+            shutil.rmtree(stale, ignore_errors=True)
+            os.close(lock)
 
 
 def _already_there(folder: Path, wanted: dict[str, object]) -> SynthReport:
@@ -127,8 +161,25 @@ def _mapped(jobs: list[Job], workers: int) -> Iterator[Iterator[tuple[int, int]]
     if workers <= 1:
         yield map(_write, jobs)
         return
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield pool.map(_write, jobs)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=spawn, initializer=_end_with_parent) as pool:
+        try:
+            yield pool.map(_write, jobs)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that started it is killed: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_leave_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _leave_after(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)
 
 
 def _write(job: Job) -> tuple[int, int]:

@@ -34,7 +34,7 @@ def write_person(config: SynthConfig, person: Person, atlas: Atlas, root: Path, 
         person: the subject.
         atlas: tissue and network maps.
         root: the dataset's folder.
-        fault: what is wrong with the subject's BOLD file, one of `FAULTS`.
+        fault: what is wrong with the first BOLD file, one of `FAULTS`.
 
     Returns:
         Runs and volumes written.
@@ -54,7 +54,7 @@ def write_person(config: SynthConfig, person: Person, atlas: Atlas, root: Path, 
         folder.mkdir(parents=True)
         stem = "_".join(part for part in (person.name, label, "task-rest", f"space-{SPACE}") if part)
         _write_run(folder, stem, person, lattice, las, run, anatomy.brain)
-        if fault:
+        if fault and session == 0:
             _spoil(folder / f"{stem}_desc-preproc_bold.nii.gz", fault)
     return person.sessions, person.sessions * frames
 

@@ -38,6 +38,13 @@ def auroc(labels: Sequence[float] | NDArray[np.float64], scores: Sequence[float]
     return float((ranks[positive].sum() - number * (number + 1) / 2) / (number * other))
 
 
+def auroc_error(area: float, positive: int, negative: int) -> float:
+    """Standard error of an area under the ROC curve over this many subjects of the two classes (Hanley and McNeil, 1982)."""
+    first, second = area / (2 - area), 2 * area**2 / (1 + area)
+    spread = area * (1 - area) + (positive - 1) * (first - area**2) + (negative - 1) * (second - area**2)
+    return float(np.sqrt(max(spread, 0.0) / (positive * negative)))
+
+
 def readings(config: SynthConfig, person: Person, purpose: str) -> dict[str, float]:
     """What the perfect reader measures on one run of a person, by trait; `lagged_static` is the zero-lag correlation."""
     times = np.arange(config.run_frames(person.tr), dtype=np.float64) * np.float64(person.tr)
@@ -73,7 +80,7 @@ def _ceiling(trait: str, labels: list[float], measured: list[Mapping[str, float]
         entry = {"kind": "continuous", "metric": "pearson_r", "oracle": found, "standard_error": error, "chance": 0.0}
     else:
         found = auroc(labels, scores)
-        error = np.sqrt(max(found * (1 - found), 1e-12) / (len(labels) / 3))
+        error = auroc_error(found, int(sum(labels)), len(labels) - int(sum(labels)))
         entry = {"kind": "binary", "metric": "auroc", "oracle": found, "standard_error": error, "chance": 0.5}
     entry |= {"reader": READERS[trait]}
     if trait == "lagged":

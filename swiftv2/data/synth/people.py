@@ -32,7 +32,7 @@ class Person:
         ventricle_growth: share of the growable tissue around the ventricles that is fluid.
         restlessness: natural logarithm of the usual framewise displacement over its median.
         fluctuation: standard deviation of grey matter's network signal, per cent of its mean.
-        temporal_snr: mean over standard deviation in time of grey matter.
+        temporal_snr: mean over standard deviation in time of grey matter, as the mean variance of its voxels gives it.
     """
 
     index: int
@@ -99,7 +99,7 @@ def _draw(
         ventricle_growth=float(np.clip(0.45 + (0.15 if labels["ventricles"] else -0.15) + 0.2 * own.standard_normal(), 0, 1)),
         restlessness=restlessness,
         fluctuation=float(np.clip(1.0 + 0.2 * own.standard_normal(), 0.5, 1.5)),
-        temporal_snr=float(own.uniform(43.0, 66.0) * (0.95 if site % 2 else 1.0)),
+        temporal_snr=float(own.uniform(45.0, 75.0) * (0.95 if site % 2 else 1.0)),
     )
 
 

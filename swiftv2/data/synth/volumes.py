@@ -11,6 +11,10 @@ from swiftv2.data.synth.latents import LATERAL, breathing, network_bold, slow_si
 from swiftv2.data.synth.people import Person
 
 Array = NDArray[np.float32]
+Floats = NDArray[np.float64]
+
+SOURCES = {"networks": slice(0, -4), "global": slice(-4, -3), "respiration": slice(-3, -2), "drift": slice(-2, None)}
+"""Where each kind of shared signal is among the components."""
 
 GREY, WHITE, FLUID = 1000.0, 880.0, 1180.0
 SLOPE = 1.25
@@ -73,44 +77,61 @@ def make_anatomy(person: Person, atlas: Atlas, lattice: Lattice, rng: np.random.
 
 def make_run(person: Person, anatomy: Anatomy, frames: int, non_steady: int, rng: np.random.Generator) -> Run:
     """One run of a person (deterministic in `rng`); the signals are made for the head's voxels alone, (T, V)."""
-    times = np.arange(frames, dtype=np.float64) * np.float64(person.tr)
-    per_cent = structured_signal(person, anatomy, times, rng)
-    shared = float(np.sqrt(np.mean(per_cent[:, anatomy.grey[anatomy.head] > 0.5].var(axis=0))))
-    total = 100.0 / person.temporal_snr
-    noise = _noise(anatomy, frames, person.tr, rng)
-    noise *= np.float32(np.sqrt(max(total**2 - shared**2, (LEAST_NOISE_SHARE * total) ** 2)))
-    per_cent += noise
+    per_cent = shared_signal(*components(person, anatomy, frames, rng))
+    level = noise_level(person, anatomy, per_cent)
+    smooth, white = noise(anatomy, frames, person.tr, rng)
+    smooth *= np.float32(level * np.sqrt(SMOOTH_NOISE_SHARE))
+    white *= np.float32(level * np.sqrt(1 - SMOOTH_NOISE_SHARE))
+    per_cent += smooth
+    per_cent += white
     per_cent[:non_steady] += 100.0 * NON_STEADY_GAIN * np.exp(-np.arange(non_steady, dtype=np.float32))[:, None]
-    steps, spikes = _motion(person, frames, rng)
-    static = anatomy.static[anatomy.head]
-    image: Array = static * (1 + per_cent / np.float32(100))
-    gradient = [np.gradient(anatomy.static, anatomy.lattice.voxel_mm, axis=axis)[anatomy.head] for axis in (2, 1, 0)]
+    steps, spikes = motion(person, frames, rng)
+    image: Array = anatomy.static[anatomy.head] * (1 + per_cent / np.float32(100))
     for frame in np.flatnonzero(spikes):
-        image[frame] += SPIKE_SHARE * (steps[frame, :3].astype(np.float32) @ np.stack(gradient))
+        image[frame] += spike(anatomy, steps[frame])
     stored = np.zeros((frames, *anatomy.lattice.shape), np.int16)
     stored[:, anatomy.head] = np.rint(image / SLOPE).clip(0, np.iinfo(np.int16).max)
     return Run(stored, _confounds(image, anatomy, steps), non_steady)
 
 
-def structured_signal(person: Person, anatomy: Anatomy, times: NDArray[np.float64], rng: np.random.Generator) -> Array:
-    """What voxels share, (T, V) in per cent of the static image: networks, global signal, breathing and drift."""
+def components(person: Person, anatomy: Anatomy, frames: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
+    """What voxels share: time courses (C, T) and maps (C, V), whose products are per cent of the static image.
+
+    C are the networks, the global signal, breathing and two drifts, as `SOURCES` names them.
+    """
+    times = np.arange(frames, dtype=np.float64) * np.float64(person.tr)
     networks = anatomy.networks[:, anatomy.head]
     grey = anatomy.grey[anatomy.head]
     amplitude = np.sqrt(np.mean(np.square(networks[:, grey > 0.5]).sum(axis=0)))
     # Legendre polynomials, so that linear and quadratic drifts do not lean on one another.
-    along = np.linspace(-1.0, 1.0, len(times))
+    along = np.linspace(-1.0, 1.0, frames)
     bold = network_bold(person, rng, times)
-    drifts = np.stack((np.sqrt(3.0) * along, np.sqrt(5.0) * (1.5 * along**2 - 0.5)))
-    courses = np.vstack((bold.T, slow_signal(rng, times), breathing(rng, times), drifts)).astype(np.float32)
+    courses = np.vstack((bold.T, slow_signal(rng, times), breathing(rng, times), along, 1.5 * along**2 - 0.5))
     fields = [_smooth_field(anatomy.lattice, rng)[anatomy.head] for _ in range(3)]
     maps = (
-        networks * np.float32(person.fluctuation / amplitude),
+        networks * (person.fluctuation / amplitude),
         GLOBAL_PERCENT * (grey + 0.4)[None],
         RESPIRATION_PERCENT * fields[0][None],
         DRIFT_PERCENT * np.stack(fields[1:]),
     )
-    signal: Array = courses.T @ np.concatenate(maps, dtype=np.float32)
+    return courses.astype(np.float64), np.concatenate(maps, dtype=np.float64)
+
+
+def shared_signal(courses: Floats, maps: Floats) -> Array:
+    """The sum (T, V) of the products of courses (C, T) and maps (C, V)."""
+    signal = np.empty((courses.shape[1], maps.shape[1]), np.float32)
+    # Products in double precision: rounded to single, they are the same on every processor.
+    for start in range(0, len(signal), FRAMES_AT_ONCE):
+        signal[start : start + FRAMES_AT_ONCE] = courses.T[start : start + FRAMES_AT_ONCE] @ maps
     return signal
+
+
+def noise_level(person: Person, anatomy: Anatomy, shared: Array) -> float:
+    """Deviation in per cent of the noise that, beside the shared signal (T, V), gives the person's temporal SNR."""
+    grey = (anatomy.grey > 0.5)[anatomy.head]
+    total = 100.0 / person.temporal_snr
+    rest = total**2 - float(np.mean(shared[:, grey].var(axis=0)))
+    return float(np.sqrt(max(rest, (LEAST_NOISE_SHARE * total) ** 2)))
 
 
 def _smooth_field(lattice: Lattice, rng: np.random.Generator) -> Array:
@@ -122,8 +143,8 @@ def _smooth_field(lattice: Lattice, rng: np.random.Generator) -> Array:
     return np.broadcast_to(np.asarray(field, dtype=np.float32), lattice.shape)
 
 
-def _noise(anatomy: Anatomy, frames: int, tr: float, rng: np.random.Generator) -> Array:
-    """Noise of unit deviation (T, V): a spatially smooth part that remembers, and a white part."""
+def noise(anatomy: Anatomy, frames: int, tr: float, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Two noises (T, V) of unit deviation: one smooth in space that remembers, and one that is white."""
     sigma = NOISE_FWHM_MM / 2.355 / anatomy.lattice.voxel_mm
     smooth = np.empty((frames, int(anatomy.head.sum())), np.float32)
     for start in range(0, frames, FRAMES_AT_ONCE):
@@ -135,14 +156,10 @@ def _noise(anatomy: Anatomy, frames: int, tr: float, rng: np.random.Generator) -
     for frame in range(1, frames):
         smooth[frame] *= np.sqrt(1 - memory**2)
         smooth[frame] += memory * smooth[frame - 1]
-    white = rng.standard_normal(smooth.shape, dtype=np.float32)
-    smooth *= np.float32(np.sqrt(SMOOTH_NOISE_SHARE))
-    white *= np.float32(np.sqrt(1 - SMOOTH_NOISE_SHARE))
-    smooth += white
-    return smooth
+    return smooth, rng.standard_normal(smooth.shape, dtype=np.float32)
 
 
-def _motion(person: Person, frames: int, rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def motion(person: Person, frames: int, rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Frame-to-frame changes (T, 6) of three translations (mm) and three rotations (rad), and which are spikes."""
     usual = MEDIAN_DISPLACEMENT_MM * np.exp(person.restlessness)
     sizes = np.array([1.0, 1.0, 1.0, 1 / HEAD_RADIUS_MM, 1 / HEAD_RADIUS_MM, 1 / HEAD_RADIUS_MM])
@@ -152,6 +169,13 @@ def _motion(person: Person, frames: int, rng: np.random.Generator) -> tuple[NDAr
     steps[spikes] += sizes * rng.choice([-1.0, 1.0], (int(spikes.sum()), 6)) * rng.uniform(0.1, 0.4, (int(spikes.sum()), 1))
     steps[0], spikes[0] = 0.0, False
     return steps, spikes
+
+
+def spike(anatomy: Anatomy, step: Floats) -> Array:
+    """What realignment leaves of a sudden move by `step` (6,): a change (V,) of the image where it has edges."""
+    gradient = (np.gradient(anatomy.static, anatomy.lattice.voxel_mm, axis=axis)[anatomy.head] for axis in (2, 1, 0))
+    moved = sum(float(mm) * slope for mm, slope in zip(step[:3], gradient, strict=True))
+    return np.asarray(SPIKE_SHARE * moved, dtype=np.float32)
 
 
 def _confounds(image: Array, anatomy: Anatomy, steps: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
