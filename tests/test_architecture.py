@@ -20,7 +20,6 @@ ALLOWED = {
     "report": {"errors", "config"},
     "terminal": {"errors"},
     "recipes": {"errors", "config", "weights", "plan", "report"} | WINGS,
-    "terminal": {"errors"},
     "cli": {"errors", "config", "terminal", "weights", "plan", "recipes", "report", "data", "engine"},
     "__main__": {"cli"},
 }
