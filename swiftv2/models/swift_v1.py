@@ -19,6 +19,7 @@ REQUIRED = (
     "num_heads",
     "last_layer_full_MSA",
 )
+PER_AXIS_OR_STAGE = ("img_size", "patch_size", "first_window_size", "window_size", "depths", "num_heads")
 DEFAULTS: dict[str, Any] = {
     "in_chans": 1,
     "mlp_ratio": 4.0,
@@ -39,8 +40,7 @@ def v1_tree(config: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(config.keys() - {*REQUIRED, *DEFAULTS})
     if unknown:
         raise SwiftError(
-            f"SwiFT v1 configuration: unknown keyword {unknown[0]}; known are {', '.join(REQUIRED)} and "
-            f"{', '.join(DEFAULTS)}"
+            f"SwiFT v1 configuration: unknown keyword {unknown[0]}; known are {', '.join(REQUIRED)} and {', '.join(DEFAULTS)}"
         )
     missing = [key for key in REQUIRED if config.get(key) is None]
     if missing:
@@ -49,6 +49,13 @@ def v1_tree(config: Mapping[str, Any]) -> dict[str, Any]:
             "checkpoint's hyper_parameters or from whoever trained it"
         )
     given = DEFAULTS | dict(config)
+    for key in PER_AXIS_OR_STAGE:
+        try:
+            given[key] = tuple(given[key])
+        except TypeError as error:
+            raise SwiftError(
+                f"SwiFT v1 configuration: {key}={given[key]!r} is one number; give one for each axis or stage"
+            ) from error
     if given["patch_norm"]:
         raise SwiftError("SwiFT v1 configuration: patch_norm=True is not supported; no published model has that norm")
     if given["c_multiplier"] != 2:
@@ -60,15 +67,15 @@ def v1_tree(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": "swift_v1",
         "variant": "swift_v1",
-        "image_size": tuple(given["img_size"])[:3],
-        "frames": tuple(given["img_size"])[3],
+        "image_size": given["img_size"][:3],
+        "frames": given["img_size"][3],
         "in_channels": given["in_chans"],
         "embed_dim": given["embed_dim"],
-        "depths": tuple(given["depths"]),
-        "num_heads": tuple(given["num_heads"]),
-        "patch_size": tuple(given["patch_size"]),
-        "window_size": tuple(given["window_size"]),
-        "first_window_size": tuple(given["first_window_size"]),
+        "depths": given["depths"],
+        "num_heads": given["num_heads"],
+        "patch_size": given["patch_size"],
+        "window_size": given["window_size"],
+        "first_window_size": given["first_window_size"],
         "last_layer_full_msa": given["last_layer_full_MSA"],
         "mlp_ratio": given["mlp_ratio"],
         "qkv_bias": given["qkv_bias"],
@@ -84,5 +91,7 @@ def encoder_tensors(state_dict: Mapping[str, Tensor | np.ndarray[Any, Any]]) -> 
         name = key.removeprefix(LIGHTNING_PREFIX)
         if name.startswith(HEADS):
             continue
-        tensors[name] = torch.as_tensor(value).to(torch.float32)
+        # PyTorch takes no array of foreign byte order, and warns of read-only ones: numpy copies both.
+        plain = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value, dtype=np.float32))
+        tensors[name] = plain.to(torch.float32)
     return tensors

@@ -59,6 +59,18 @@ def test_wrappers_and_heads_are_dropped() -> None:
     assert np.abs(output.numpy() - arrays["output"]).max() < 2e-5
 
 
+def test_arrays_of_any_byte_order_and_read_only_ones_are_taken(recwarn: pytest.WarningsRecorder) -> None:
+    _, weights, config = read(FILES[1])
+    expected = Swin4D.from_swift_v1(weights, **config).state_dict()
+    for order in "<>":
+        arrays = {key: np.asarray(value).astype(f"{order}f8") for key, value in weights.items()}
+        for array in arrays.values():
+            array.flags.writeable = False
+        taken = Swin4D.from_swift_v1(arrays, **config).state_dict()
+        assert all(torch.equal(taken[key], value) for key, value in expected.items())
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("key", ["last_layer_full_MSA", "num_heads", "window_size", "first_window_size"])
 def test_what_weights_do_not_tell_is_not_guessed(key: str) -> None:
     _, weights, config = read(FILES[1])
@@ -79,6 +91,7 @@ def test_what_weights_do_not_tell_is_not_guessed(key: str) -> None:
         ({"num_heads": [5, 3, 6, 6]}, "divisible"),
         ({"patch_size": [6, 6, 6, 2]}, "one frame"),
         ({"img_size": [42, 48, 48, 8]}, "cannot halve"),
+        ({"window_size": 4}, "window_size=4 is one number"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(change: dict[str, Any], message: str) -> None:
