@@ -1,5 +1,6 @@
 """DeepSpeed ZeRO, stages 0, 1 and 2; its configuration is generated here and nowhere else."""
 
+import argparse
 import contextlib
 import io
 import logging
@@ -92,7 +93,13 @@ class ZeroBackend(Backend):
         self._generated = deepspeed_config(config, micro_batch, accumulation)
         with _quiet():
             self.engine, *_ = deepspeed.initialize(
-                model=module, optimizer=self.optimizer, config=self._generated, dist_init_required=False
+                # Left to itself DeepSpeed takes the GPU of the local rank's number, which is not there where a launcher
+                # shows every rank its own one as number 0.
+                args=argparse.Namespace(device_rank=world.device.index or 0),
+                model=module,
+                optimizer=self.optimizer,
+                config=self._generated,
+                dist_init_required=False,
             )
         self._unwritten: list[str] = []
         writer = self.engine.checkpoint_engine

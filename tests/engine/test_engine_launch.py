@@ -1,11 +1,14 @@
 """Who am I: the environments of the launchers, and what is wrong with broken ones."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from swiftv2.config.engine import EngineConfig
 from swiftv2.config.model import OptimizerConfig
+from swiftv2.engine.backend import build_backend
 from swiftv2.engine.launch import Place, find_place, first_host, start, stop
 from swiftv2.engine.optimizer import adamw, set_learning_rate
 from swiftv2.errors import SwiftError
@@ -159,3 +162,23 @@ def test_alone_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         stop()
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.slow
+def test_deepspeed_takes_the_device_of_this_rank_not_that_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a launcher binds one GPU to each task, local rank 3 sees its own as number 0."""
+    for name in ("LOCAL_RANK", "DS_ACCELERATOR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    world = replace(start(EngineConfig(device="cpu")), local_rank=3, local_size=4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    from deepspeed.accelerator import get_accelerator
+
+    taken: list[int] = []
+    monkeypatch.setattr(get_accelerator(), "set_device", taken.append)
+    module = nn.Linear(2, 2)
+    try:
+        build_backend(EngineConfig(precision="fp32"), OptimizerConfig(), module, {"weight"}, world, 1, 1).close()
+    finally:
+        stop()
+    assert set(taken) == {0}
