@@ -28,6 +28,7 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_RANK", 
 FAILED, STOPPED_EARLY, INTERRUPTED = 1, 75, 130
 COUNTS = ("subjects", "runs", "frames", "hours", "resampled", "cleaned", "confounds")
 SILENT_SECONDS = 15.0
+KINDS = {"TR (s)": "tr", "space": "spaces", "numbers": "dtypes", "brain by": "brain_rules", "axes of the files": "orientations"}
 STOPPED = "stopped by SIGTERM; what is done is kept: run the same command again to go on"
 OVERRIDES = "words that change single settings of the file, such as train.max_steps=1000; an unknown key is refused"
 RUN_DIR = "run directory of `swiftv2 pretrain`"
@@ -348,19 +349,16 @@ def _store_info(arguments: argparse.Namespace) -> int:
         f"{arguments.store}: format {values['format']}, version {values['version']}{generated}; {disk}",
         f"grid {grid['kind']}: {shape} voxels of {edges} mm, {place}\n",
     ]
-    titles = ["cohort", "TR (s)", "space", "numbers", *COUNTS]
-    rows = [_cohort_row(name, cohort) for name, cohort in values["cohorts"].items()]
-    rows += [_cohort_row("all", values)] if len(rows) > 1 else []
-    answer(values, *head, table(titles, rows, words=4), as_json=arguments.json)
+    groups = values["cohorts"] | ({"all": values} if len(values["cohorts"]) > 1 else {})
+    facts = [(name.replace("_", " "), [f"{group[name]:,}" for group in groups.values()]) for name in COUNTS]
+    facts += [(title, [_counts(group[name]) for group in groups.values()]) for title, name in KINDS.items()]
+    rows = [[title, *cells] for title, cells in facts]
+    answer(values, *head, table(["cohort", *groups], rows), as_json=arguments.json)
     return 0
 
 
-def _cohort_row(name: str, cohort: dict[str, Any]) -> list[str]:
-    def counts(values: dict[str, int]) -> str:
-        return ", ".join(values) if len(values) == 1 else ", ".join(f"{key} ({count})" for key, count in values.items())
-
-    words = [name, *(counts(cohort[key]) for key in ("tr", "spaces", "dtypes"))]
-    return [*words, *(f"{cohort[key]:,}" for key in COUNTS)]
+def _counts(values: dict[str, int]) -> str:
+    return ", ".join(values) if len(values) == 1 else ", ".join(f"{key} ({count})" for key, count in values.items())
 
 
 def _store_verify(arguments: argparse.Namespace) -> int:

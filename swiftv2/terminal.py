@@ -125,7 +125,7 @@ class Shown:
         self._shown = shown
         self._bar: Progress | None = None
         self._first: float | None = None
-        self._last_line, self._lines = time.monotonic(), 0
+        self._last_line, self._lines, self._ended = time.monotonic(), 0, False
         self._bytes_before = 0
 
     def __enter__(self) -> Self:
@@ -167,7 +167,7 @@ class Shown:
         text = "  ".join(parts)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, description=text)
-        elif now - self._last_line >= LINE_SECONDS or (done == total and self._lines):
-            self._last_line, self._lines = now, self._lines + 1
+        elif now - self._last_line >= LINE_SECONDS or (done == total and self._lines > 0 and not self._ended):
+            self._last_line, self._lines, self._ended = now, self._lines + 1, done == total
             stamp = f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S}"
             print(f"{stamp} {self._unit} {done}/{total}  {text}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201 (where a person reads)

@@ -148,6 +148,12 @@ def test_a_build_on_a_full_disk_says_so_and_goes_on_later(
     assert contents(store) == undisturbed
 
 
+def wait_for_a_run(store: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None and not list((store / ".build" / "rows").glob("*.json")):
+        time.sleep(0.001)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_build_that_is_stopped_goes_on(
     number: signal.Signals, status: int, many: Path, undisturbed: dict[str, bytes], tmp_path: Path
@@ -155,9 +161,7 @@ def test_a_build_that_is_stopped_goes_on(
     store = tmp_path / "s.zarr"
     rows = store / ".build" / "rows"
     with started(command(build_words(many, store), launcher="alone")) as process:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None and not list(rows.glob("*.json")):
-            time.sleep(0.001)
+        wait_for_a_run(store, process)
         process.send_signal(number)
         said, _ = process.communicate(timeout=60)
     assert process.returncode == status, said
@@ -165,6 +169,19 @@ def test_a_build_that_is_stopped_goes_on(
     assert 1 <= len(list(rows.glob("*.json"))) < 40
     assert not (store / "zarr.json").exists()
     assert cli.main(build_words(many, store)) == 0
+    assert contents(store) == undisturbed
+
+
+def test_one_build_at_a_time(
+    many: Path, undisturbed: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "s.zarr"
+    with started(command(build_words(many, store), launcher="alone")) as process:
+        wait_for_a_run(store, process)
+        process.send_signal(signal.SIGSTOP)
+        assert "is being built by another process" in fails(build_words(many, store), 1, capsys)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=60) == 0
     assert contents(store) == undisturbed
 
 

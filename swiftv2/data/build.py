@@ -5,10 +5,13 @@ left in a staging folder and put together at the end, each shared shard by one r
 """
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import heapq
 import hmac
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -110,12 +113,13 @@ def build(
     mine = _together(ranks, lambda: [inspect(one, options) for one in discovery.sources[ranks.rank :: ranks.size]])
     parts = ranks.gather(mine)
     writing = _writing(store)
-    planned = writing(lambda: _begin(store, make_plan(discovery, _interleave(parts or []), options, chosen), options))
-    plan = _on_first(ranks, planned)
-    _together(ranks, lambda: _work(store, plan, options, ranks, progress))
-    runs, refused = _on_first(ranks, writing(lambda: _collect(store, plan, options, strict=strict)))
-    _together(ranks, writing(lambda: _assemble(store, runs, len(plan.candidates), ranks)))
-    return _on_first(ranks, writing(lambda: _finish(store, plan, runs, refused)))
+    with contextlib.ExitStack() as held:
+        plan = _on_first(ranks, lambda: make_plan(discovery, _interleave(parts or []), options, chosen))
+        _on_first(ranks, writing(lambda: _begin(store, plan, options, held)))
+        _together(ranks, lambda: _work(store, plan, options, ranks, progress))
+        runs, refused = _on_first(ranks, writing(lambda: _collect(store, plan, options, strict=strict)))
+        _together(ranks, writing(lambda: _assemble(store, runs, len(plan.candidates), ranks)))
+        return _on_first(ranks, writing(lambda: _finish(store, plan, runs, refused)))
 
 
 def _together(ranks: Communicator, action: Callable[[], Result]) -> Result:
@@ -187,17 +191,18 @@ def _rows_folder(store: Path) -> Path:
     return store / layout.STAGING / "rows"
 
 
-def _begin(store: Path, plan: Plan, options: Options) -> Plan:
+def _begin(store: Path, plan: Plan, options: Options, held: contextlib.ExitStack) -> None:
     """Make the folder with its staging folder and empty arrays, or check that the unfinished build there is the same."""
     times = [candidate.source.path.stat().st_mtime_ns for candidate in plan.candidates]
     state = {"salt": plan.salt, "digest": plan.digest, "times": hashlib.sha256(json.dumps(times).encode()).hexdigest()}
     kept = store / layout.STAGING / "plan.json"
-    if kept.is_file():
-        if json.loads(kept.read_text(encoding="utf-8")) != state:
-            raise UsageError(f"{store} is an unfinished store of other files or options: remove it or give another folder")
-    else:
+    if not kept.is_file():
         _claim(store)
+    held.enter_context(_alone_in(store))
+    if not kept.is_file():
         layout.write_file(kept, json.dumps(state).encode(), layout.PRIVATE)
+    elif json.loads(kept.read_text(encoding="utf-8")) != state:
+        raise UsageError(f"{store} is an unfinished store of other files or options: remove it or give another folder")
     for stale in store.rglob("*.partial"):
         stale.unlink()
     voxels = len(plan.voxels)
@@ -208,7 +213,23 @@ def _begin(store: Path, plan: Plan, options: Options) -> Plan:
             layout.create_bold(store, dtype, len(plan.candidates), plan.longest, voxels, options.compression)
         layout.create_voxels(store, plan.voxels, options.compression)
         layout.write_file(zarr_made, b"")
-    return plan
+
+
+@contextlib.contextmanager
+def _alone_in(store: Path) -> Iterator[None]:
+    """Keep other builds out of the folder; file systems without locks leave that to the user."""
+    descriptor = os.open(store / layout.STAGING / "lock", os.O_RDWR | os.O_CREAT, layout.PRIVATE)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SwiftError(f"{store} is being built by another process: let it end, or stop it first") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _claim(store: Path) -> None:
