@@ -1,5 +1,6 @@
 """The run directory: everything that a run leaves, and all that is needed to go on with it."""
 
+import contextlib
 import json
 import os
 import platform
@@ -93,9 +94,7 @@ class RunDirectory:
                 for name in ("metrics.jsonl", "events.jsonl"):
                     _cut_torn_line(path / name)
                 run = cls(path, attempt, world, lease)
-                run.event(
-                    "start", world_size=world.size, launcher=world.launcher, host=platform.node(), pid=os.getpid()
-                )
+                run.event("start", world_size=world.size, launcher=world.launcher, host=platform.node(), pid=os.getpid())
                 for key, (old, new) in changes.items():
                     run.event("config_changed", key=key, old=old, new=new)
             except BaseException:
@@ -128,9 +127,11 @@ class RunDirectory:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        # A full disk may be what went wrong: then nothing can be written of it; nor into a run that another has taken over.
+        if error is not None and not (self.lease and self.lease.lost):
+            with contextlib.suppress(SwiftError):
+                self.event("failed", error=type(error).__name__, problem=str(error).partition("\n")[0])
         self.close()
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
@@ -275,11 +276,7 @@ def _resume_script(world: World) -> str:
     words = [interpreter, *rest]
     single = int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1
     if world.launcher == "torchrun":
-        meeting = (
-            ["--standalone"]
-            if single
-            else ["--rdzv-backend=c10d", f"--rdzv-endpoint={os.environ['MASTER_ADDR']}:29400"]
-        )
+        meeting = ["--standalone"] if single else ["--rdzv-backend=c10d", f"--rdzv-endpoint={os.environ['MASTER_ADDR']}:29400"]
         ranks = [f"--nproc-per-node={world.local_size}", f"--nnodes={os.environ.get('GROUP_WORLD_SIZE', '1')}"]
         while rest and rest[0] == "-u":
             rest = rest[1:]

@@ -41,6 +41,19 @@ def test_a_run_directory_holds_what_is_needed_to_go_on(tmp_path: Path) -> None:
     assert [e["event"] for e in read_lines(run.path / "events.jsonl")] == ["start", "saved"]
 
 
+def test_a_failure_is_written_down(tmp_path: Path) -> None:
+    def fail() -> None:
+        with _attempt(tmp_path):
+            raise SwiftError("the disk is full\nand so on")
+
+    with pytest.raises(SwiftError):
+        fail()
+    *_, failed = read_lines(tmp_path / "events.jsonl")
+    assert (failed["event"], failed["error"], failed["problem"]) == ("failed", "SwiftError", "the disk is full")
+    with _attempt(tmp_path) as run:
+        assert run.attempt == 2, "the lease was given back"
+
+
 def test_attempts_count_up_and_the_last_one_speaks_for_a_step(tmp_path: Path) -> None:
     with _attempt(tmp_path) as run:
         for step in (1, 2, 3):
