@@ -204,9 +204,7 @@ def test_bad_files_are_bad_as_said(cohort: Path) -> None:
     assert (int(header["qform_code"]), int(header["sform_code"])) == (0, 0)
 
 
-def test_a_store_takes_the_good_runs_without_resampling_and_says_what_is_wrong_with_the_bad(
-    cohort: Path, tmp_path: Path
-) -> None:
+def test_a_store_takes_the_good_runs_and_says_what_is_wrong_with_the_bad(cohort: Path, tmp_path: Path) -> None:
     report = build(cohort, tmp_path / "cohort.zarr", GridConfig(voxel_mm=6), "generated")
     assert report.taken == len(_bold_files(cohort)) - len(FAULTS)
     lines = [json.loads(line) for line in report.report.read_text().splitlines()]

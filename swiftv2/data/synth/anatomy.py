@@ -158,13 +158,13 @@ def _network_maps(grey: Array, lattice: Lattice) -> list[Array]:
     z, y, x = lattice.axes()
     maps = []
     for name in NETWORKS:
-        total = np.zeros(lattice.shape, np.float32)
-        for px, py, pz in places[names == name]:
-            along_z, along_y, along_x = (
-                np.exp(-0.5 * ((axis - place) / ROI_SIGMA_MM) ** 2) for axis, place in ((z, pz), (y, py), (x, px))
-            )
-            along_x = along_x + np.exp(-0.5 * ((x + px) / ROI_SIGMA_MM) ** 2)
-            total += along_z * along_y * along_x
-        total *= grey
+        px, py, pz = places[names == name].T
+        along_z, along_y, along_x = (
+            np.exp(-0.5 * ((axis.reshape(1, -1) - place[:, None]) / ROI_SIGMA_MM) ** 2)
+            for axis, place in ((z, pz), (y, py), (x, px))
+        )
+        along_x += np.exp(-0.5 * ((x.reshape(1, -1) + px[:, None]) / ROI_SIGMA_MM) ** 2)
+        planes = (along_z[:, :, None] * along_y[:, None, :]).reshape(len(px), -1)
+        total = (planes.T @ along_x).reshape(lattice.shape) * grey
         maps.append(total / np.percentile(total, 99.9))
     return maps
