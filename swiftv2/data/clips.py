@@ -49,6 +49,8 @@ def select_runs(
 ) -> NDArray[np.int64]:
     """Indices of the runs of these subjects (pseudonymous keys), ascending; of some cohorts only where they are given.
 
+    Withdrawn runs are never among them.
+
     Raises:
         UsageError: a cohort is unknown to the store.
     """
@@ -57,7 +59,7 @@ def select_runs(
     if unknown:
         raise UsageError(f"data.cohorts: the store has no cohort {unknown[0]!r}; it has {', '.join(sorted(known))}")
     wanted, kept = set(subjects), known if cohorts is None else set(cohorts)
-    return np.array([i for i, run in enumerate(runs) if run.subject in wanted and run.cohort in kept], dtype=np.int64)
+    return np.array([i for i, run in enumerate(runs) if run.subject in wanted and run.cohort in kept and not run.withdrawn], dtype=np.int64)
 
 
 def index_clips(
@@ -68,6 +70,8 @@ def index_clips(
     allow_mixed_tr: bool = False,
 ) -> ClipIndex:
     """All clips of the chosen runs, in the order of the store's runs and then of their starts.
+
+    Leading non-steady volumes, whose signal has not settled, are in no clip.
 
     Args:
         runs: all runs of the store.
@@ -81,8 +85,8 @@ def index_clips(
     indices = sorted({int(i) for i in (range(len(runs)) if chosen is None else chosen)})
     if not indices:
         raise UsageError("no run is left to cut clips from: check data.cohorts and data.split")
-    _check_repetition_times([runs[i].tr for i in indices], allow_mixed_tr)
-    starts = [clip_starts(runs[i].frames, config) for i in indices]
+    check_repetition_times([runs[i].tr for i in indices], allow_mixed_tr)
+    starts = [runs[i].steady_from + clip_starts(runs[i].frames - runs[i].steady_from, config) for i in indices]
     short = tuple(runs[i].key for i, s in zip(indices, starts, strict=True) if not len(s))
     if len(short) == len(indices):
         raise UsageError(
@@ -123,7 +127,12 @@ def spread_clips(subject: NDArray[np.int64], max_clips: int | None) -> NDArray[n
     return np.sort(np.concatenate([own[_evenly(len(own), int(q))] for own, q in zip(by_owner, quota, strict=True)]))
 
 
-def _check_repetition_times(times: Sequence[float], allow_mixed: bool) -> None:
+def check_repetition_times(times: Sequence[float], allow_mixed: bool) -> None:
+    """Refuse runs of different repetition times (seconds) where they may not meet.
+
+    Raises:
+        UsageError: they differ and `allow_mixed` is False; the times and their runs are counted.
+    """
     # Headers hold TR as float32 seconds or milliseconds: what agrees to a millisecond is the same TR.
     rounded = [round(float(t), 3) for t in times]
     different = sorted(set(rounded))

@@ -81,16 +81,19 @@ def take_run(
     brain, rule = _brain(source, header, placement, numbers, slope, intercept)
     stored = to_stored(numbers, slope, intercept, keep_float=keep_float)
     del numbers
-    mean, std = voxel_statistics(stored.bold, brain, stored.slope, stored.intercept)
-    if not std[brain].any():
-        raise RefusedError("constant: no brain voxel changes over the run")
-    rows: dict[str, npt.NDArray[Any]] = {"voxel_mean": mean, "voxel_std": std, "brain": brain}
+    rows: dict[str, npt.NDArray[Any]] = {"brain": brain}
+    steady_from = 0
     if source.confounds is not None:
         confounds = read_confounds(source.confounds, header.frames)
+        steady_from = _leading(confounds.non_steady_state)
         rows["framewise_displacement"] = confounds.framewise_displacement
         rows["censored"] = confounds.censored
         rows["non_steady_state"] = confounds.non_steady_state
-    run = _entry(candidate, placement, stored, brain, rule, cleaned=is_cleaned(mean, std, brain))
+    mean, std = voxel_statistics(stored.bold[steady_from:], brain, stored.slope, stored.intercept)
+    if not std[brain].any():
+        raise RefusedError("constant: no brain voxel changes over the run")
+    rows |= {"voxel_mean": mean, "voxel_std": std}
+    run = _entry(candidate, placement, stored, brain, rule, steady_from, cleaned=is_cleaned(mean, std, brain))
     return Taken(run, stored.bold, rows)
 
 
@@ -144,11 +147,12 @@ def _entry(
     stored: Stored,
     brain: npt.NDArray[np.bool_],
     rule: str,
+    steady_from: int,
     *,
     cleaned: bool,
 ) -> Run:
     source, header = candidate.source, candidate.header
-    statistics = run_statistics(stored.bold, brain, stored.slope, stored.intercept)
+    statistics = run_statistics(stored.bold[steady_from:], brain, stored.slope, stored.intercept)
     return Run(
         key=candidate.key,
         subject=candidate.subject,
@@ -177,7 +181,20 @@ def _entry(
         source_affine=_rows_of(header.affine),
         source_sha256=file_sha256(source.path),
         bytes=0,
+        steady_from=steady_from,
     )
+
+
+def _leading(non_steady: npt.NDArray[np.uint8]) -> int:
+    """How many volumes at the start of a run are non-steady.
+
+    Raises:
+        RefusedError: all but one of them are.
+    """
+    steady = np.flatnonzero(non_steady == 0)
+    if len(steady) < 2:
+        raise RefusedError("the confound table calls all its frames non-steady")
+    return int(steady[0])
 
 
 def _rows_of(matrix: FloatArray) -> tuple[tuple[float, ...], ...]:

@@ -35,6 +35,16 @@ class RunInfo(Protocol):
         """Repetition time in seconds."""
         ...
 
+    @property
+    def steady_from(self) -> int:
+        """First volume after the leading non-steady ones."""
+        ...
+
+    @property
+    def withdrawn(self) -> bool:
+        """Whether consent was withdrawn, so that only a tombstone is left."""
+        ...
+
 
 class StoredRun(RunInfo, Protocol):
     """What batches need to know of a run beside what clips need."""

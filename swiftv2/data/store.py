@@ -45,6 +45,8 @@ class Run:
         confounds: whether per-frame confounds are stored.
         source_orientation, source_shape, source_affine, source_sha256: of the BOLD file.
         bytes: on disk, of the bold shards.
+        steady_from: first volume after the leading non-steady ones, where confounds tell of any; statistics and clips
+            begin there.
         withdrawn: whether consent was withdrawn: the row is kept, its data are not.
     """
 
@@ -75,6 +77,7 @@ class Run:
     source_affine: tuple[tuple[float, ...], ...]
     source_sha256: str
     bytes: int
+    steady_from: int = 0
     withdrawn: bool = False
 
     def to_json(self) -> dict[str, Any]:

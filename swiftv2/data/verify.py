@@ -89,11 +89,11 @@ def _check_run(store: Store, index: int) -> list[str]:
     if int(brain.sum()) != run.brain_voxels or not brain.any():
         problems.append("its brain mask has another size than the index states")
         return problems
-    statistics = run_statistics(bold, brain, run.slope, run.intercept).as_tuple()
+    statistics = run_statistics(bold[run.steady_from :], brain, run.slope, run.intercept).as_tuple()
     scale = abs(run.slope) + max(abs(value) for value in run.statistics)
     if not np.allclose(statistics, run.statistics, rtol=_TOLERANCE, atol=_TOLERANCE * scale):
         problems.append("its statistics do not fit its frames")
-    again = voxel_statistics(bold, brain, run.slope, run.intercept)
+    again = voxel_statistics(bold[run.steady_from :], brain, run.slope, run.intercept)
     if not all(np.allclose(a, b, rtol=1e-5, atol=_TOLERANCE * scale) for a, b in zip(again, (mean, std), strict=True)):
         problems.append("its voxel statistics do not fit its frames")
     if displacement is not None and (displacement < 0).any():

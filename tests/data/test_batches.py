@@ -40,6 +40,8 @@ class MemoryRun:
     intercept: float
     dtype: str
     statistics: tuple[float, ...]
+    steady_from: int = 0
+    withdrawn: bool = False
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ class BareRun:
     tr: float = 2.0
     subject: str = "s0"
     cohort: str = "A"
+    steady_from: int = 0
+    withdrawn: bool = False
 
 
 @settings(deadline=None)
@@ -90,3 +92,15 @@ def test_clips_are_spread_evenly_over_subjects(counts: list[int], wanted: int) -
 def test_a_subject_s_clips_are_taken_over_the_whole_run() -> None:
     assert spread_clips(np.zeros(9, dtype=np.int64), 3).tolist() == [1, 4, 7]
     assert spread_clips(np.arange(9), 3).tolist() == [1, 4, 7]
+
+
+def test_leading_non_steady_volumes_are_in_no_clip() -> None:
+    config = ClipConfig(frames=10, stride_between=1.0)
+    index = index_clips([BareRun("r0", 32, steady_from=3), BareRun("r1", 32)], config)
+    assert index.start[index.run == 0].tolist() == [3, 13]
+    assert index.start[index.run == 1].tolist() == [0, 10, 20]
+
+
+def test_withdrawn_runs_are_never_selected() -> None:
+    runs = [BareRun("r0", 20), BareRun("r1", 20, withdrawn=True)]
+    assert select_runs(runs, {"s0"}).tolist() == [0]
