@@ -44,6 +44,11 @@ class PretrainConfig(Config):
         padded = tuple(-(-n // p) * p for n, p in zip((*self.model.image_size, self.clip.frames), patch, strict=True))
         if any(n % c for n, c in zip(padded, cell, strict=True)):
             raise ValueError(f"mask.patch_size={cell} must divide the padded clip {padded} on every axis")
+        if self.data.normalisation.kind == "per_voxel" and self.data.normalisation.scope == "clip":
+            raise ValueError(
+                "data.normalisation: per_voxel with scope=clip tells the model the mean of each voxel's hidden frames; "
+                "use scope=run"
+            )
         if self.clip.frames > self.model.frames:
             raise ValueError(
                 f"clip.frames={self.clip.frames} is longer than model.frames={self.model.frames}, "

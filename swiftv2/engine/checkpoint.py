@@ -131,7 +131,7 @@ def load_newest(run_dir: Path, backend: Backend, world: World) -> tuple[TrainerS
         if problem is None:
             state = on_first(candidate.trainer, world)
             backend.load(candidate.path, state.layout)
-            on_first(lambda: [_set_aside(path) for path in damaged], world)
+            on_first(lambda: _set_aside(damaged), world)
             return state, problems
         problems.append(problem)
         damaged.append(candidate.path)
@@ -174,11 +174,12 @@ def _commit(partial: Path, final: Path) -> None:
     sync(final.parent)
 
 
-def _set_aside(folder: Path) -> None:
-    aside = folder.with_name(f"damaged_{folder.name}")
-    if aside.exists():
-        shutil.rmtree(aside)
-    folder.rename(aside)
+def _set_aside(folders: list[Path]) -> None:
+    for folder in folders:
+        aside = folder.with_name(f"damaged_{folder.name}")
+        if aside.exists():
+            shutil.rmtree(aside)
+        folder.rename(aside)
 
 
 def _remove(folder: Path) -> None:

@@ -44,9 +44,9 @@ CHANGEABLE = (
     "engine.overlap_comm",
     "engine.contiguous_gradients",
 )
-"""Keys, or whole sections, that may differ when a run is resumed: they leave its samples and its mathematics alone.
+"""Keys, or whole sections, that may differ when a run is resumed: its samples and what a step computes stay the same.
 
-A store may move; the recipe checks that its content is the same.
+A cosine or a cooldown ends where `train.max_steps` says now. A store may move; the recipe checks that its content is the same.
 """
 
 FOLDERS = ("checkpoints", "logs", "figures")

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.data.batches import RunTable, evaluation_batches
 from swiftv2.data.clips import ClipIndex
+from swiftv2.data.masks import brain_ratio
 from swiftv2.data.store import Store
+from swiftv2.engine.collective import on_first
 from swiftv2.engine.files import write_atomically
 from swiftv2.engine.launch import World
 from swiftv2.recipes.baselines import METHODS, MODEL, CohortScore, FluctuationScore, time_interpolation, visible_mean
@@ -38,24 +40,26 @@ class HeldOut:
         """Score the model and both baselines on the held-out clips (collective)."""
         was_training = self.objective.training
         self.objective.eval()
-        loss, scores = self._score()
+        loss, share, scores = self._score()
         self.objective.train(was_training)
         report = scores.report(self.config.run.seed)
-        if self.world.rank == 0:
-            groups = {name: dataclasses.asdict(score) for name, score in report.items()}
-            content = {"step": step, "split": self.config.evaluate.split, "loss": loss, "groups": groups}
-            write_atomically(self.run_dir / REPORT, json.dumps(content, indent=1) + "\n")
+        groups = {name: dataclasses.asdict(score) for name, score in report.items()}
+        content = {"step": step, "split": self.config.evaluate.split, "loss": loss, "hidden_share_of_brain": share}
+        # JSON knows no NaN: null stands for what a diverged model scores.
+        content = json.loads(json.dumps(content | {"groups": groups}), parse_constant=lambda _: None)
+        text = json.dumps(content, indent=1) + "\n"
+        on_first(lambda: write_atomically(self.run_dir / REPORT, text), self.world)
         return {"heldout/loss": loss, **{k: v for name, score in report.items() for k, v in _flat(name, score).items()}}
 
     @torch.no_grad()
-    def _score(self) -> tuple[float, FluctuationScore]:
-        """The configured loss averaged over all held-out clips, and the sums for R2 of every method (collective)."""
+    def _score(self) -> tuple[float, float, FluctuationScore]:
+        """Loss and hidden share of the brain, averaged over held-out clips, and sums for R2 of every method (collective)."""
         config, world = self.config, self.world
         # Per-voxel scaling hands the model each voxel's mean over the run: then that mean is a baseline too.
         knows_run_mean = config.data.normalisation.kind == "per_voxel" and config.data.normalisation.scope == "run"
         methods = (*METHODS, RUN_MEAN) if knows_run_mean else METHODS
         scores = FluctuationScore(self.table.cohort_of_subject, self.table.cohort_names, methods)
-        total = torch.zeros(2, dtype=torch.float64)
+        total = torch.zeros(3, dtype=torch.float64)
         batches = evaluation_batches(
             self.store,
             self.clips,
@@ -83,12 +87,13 @@ class HeldOut:
                 if RUN_MEAN in scores.methods:
                     predictions[RUN_MEAN] = torch.zeros_like(signal)
                 scores.update(predictions, signal, counted, batch.subject, batch.weight)
-                total += torch.stack(((losses * batch.weight).sum(), batch.weight.sum())).double().cpu()
+                parts = (batch.weight, losses * batch.weight, brain_ratio(hidden, batch.brain) * batch.weight)
+                total += torch.stack([part.sum() for part in parts]).double().cpu()
         sums = torch.cat((total, scores.totals.flatten())).to(world.device)
         if world.size > 1:
             dist.all_reduce(sums)
-        scores.totals = sums[2:].view_as(scores.totals).cpu()
-        return float(sums[0] / sums[1]), scores
+        scores.totals = sums[3:].view_as(scores.totals).cpu()
+        return float(sums[1] / sums[0]), float(sums[2] / sums[0]), scores
 
 
 def _flat(group: str, score: CohortScore) -> dict[str, Any]:

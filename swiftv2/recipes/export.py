@@ -40,9 +40,19 @@ def write_contract(run_dir: Path, config: PretrainConfig, store: Store, splits: 
                 "give the former one as data.store, or another run.dir"
             )
         return
+    content = {
+        "input": input_contract(config, store, clips).model_dump(mode="json"),
+        "store": {"version": store.version, "fingerprint": store.fingerprint, "generated": store.generated},
+        "subjects": _hashes(store, splits),
+    }
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def input_contract(config: PretrainConfig, store: Store, clips: ClipIndex) -> weights.InputContract:
+    """What a model trained on these clips expects as input."""
     times = {round(float(store.runs[i].tr), 3) for i in set(clips.run.tolist())}
     grid = store.grid
-    contract = weights.InputContract(
+    return weights.InputContract(
         orientation=grid.orientation,
         space=grid.space,
         grid=grid.shape,
@@ -53,12 +63,6 @@ def write_contract(run_dir: Path, config: PretrainConfig, store: Store, splits: 
         normalisation=config.data.normalisation,
         mask="box" if len(store.voxels) == grid.size else "template",
     )
-    content = {
-        "input": contract.model_dump(mode="json"),
-        "store": {"version": store.version, "fingerprint": store.fingerprint, "generated": store.generated},
-        "subjects": _hashes(store, splits),
-    }
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def export_checkpoint(run_dir: Path, folder: Path, step: int | None = None) -> Path:

@@ -1,5 +1,6 @@
 """SimMIM on batches of packed voxels: what one micro-batch costs, as the engine's module."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -60,4 +61,4 @@ class Objective(nn.Module):
             keyed.generator(self.config.run.seed, "drop_path", epoch, clip).random(self.simmim.encoder.branches)
             for epoch, clip in zip(batch.epoch.tolist(), batch.clip.tolist(), strict=True)
         ]
-        return torch.tensor(rows, dtype=torch.float32, device=batch.mask.device)
+        return torch.from_numpy(np.stack(rows)).to(batch.mask.device, torch.float32)

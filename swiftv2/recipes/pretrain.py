@@ -4,16 +4,16 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from swiftv2 import weights
 from swiftv2.config.engine import split_batch
 from swiftv2.config.load import dump
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.data.batches import Batch, BatchReader
-from swiftv2.data.clips import ClipIndex, index_clips, select_runs
+from swiftv2.data.clips import ClipIndex, check_repetition_times, index_clips, select_runs
 from swiftv2.data.order import SampleOrder
 from swiftv2.data.splits import Splits, split_subjects
 from swiftv2.data.store import Store
@@ -27,12 +27,14 @@ from swiftv2.engine.rundir import RunDirectory
 from swiftv2.errors import SwiftError, UsageError
 from swiftv2.models import decay_names
 from swiftv2.recipes.evaluate import HeldOut
-from swiftv2.recipes.export import write_contract
+from swiftv2.recipes.export import input_contract, write_contract
 from swiftv2.recipes.objective import Objective
 from swiftv2.recipes.pictures import save_reconstruction
 from swiftv2.report.figures import draw_run
 
 BEST_METRIC = "heldout/loss"
+FREE_TO_DIFFER = {"name", "drop_path", "checkpoint_stages"}
+"""Keys of `model` that leave the function of given weights alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,22 +60,26 @@ def open_data(config: PretrainConfig) -> Data:
             f"model.image_size={list(config.model.image_size)} is not the grid of {config.data.store}, "
             f"{list(store.grid.shape)}: set model.image_size or build the store with another grid.voxel_mm"
         )
-    families = {}
-    if config.data.split.families and config.data.split.file is None:
-        labels = zip(store.runs, store.labels(), strict=True)
-        families = {run.subject: f"{run.cohort}/{row['family_id']}" for run, row in labels if row.get("family_id")}
+    families = _families(store) if config.data.split.families and config.data.split.file is None else {}
     ids = store.subject_ids() if config.data.split.file else None
     splits = split_subjects(config.data.split, store.subject_keys, ids=ids, families=families)
-    train, heldout = (
-        index_clips(
-            store.runs,
-            config.clip,
-            select_runs(store.runs, subjects, config.data.cohorts),
-            allow_mixed_tr=config.data.allow_mixed_tr,
-        )
+    chosen = [
+        select_runs(store.runs, subjects, config.data.cohorts)
         for subjects in (splits.train, splits.part(config.evaluate.split))
-    )
+    ]
+    check_repetition_times([store.runs[i].tr for runs in chosen for i in runs], config.data.allow_mixed_tr)
+    train, heldout = (index_clips(store.runs, config.clip, runs, allow_mixed_tr=True) for runs in chosen)
     return Data(store, splits, train, heldout)
+
+
+def _families(store: Store) -> dict[str, str]:
+    """Family of each subject, by pseudonymous keys, where the label table names one."""
+    try:
+        labels = store.labels()
+    except SwiftError as error:
+        raise SwiftError(f"{error}; data.split.families=false splits without knowing families") from error
+    pairs = zip(store.runs, labels, strict=True)
+    return {run.subject: f"{run.cohort}/{row['family_id']}" for run, row in pairs if row.get("family_id")}
 
 
 def pretrain(config: PretrainConfig) -> FitResult:
@@ -89,7 +95,7 @@ def pretrain(config: PretrainConfig) -> FitResult:
         SwiftError: anything that the user can mend; before a device is taken where that is possible.
     """
     data = open_data(config)
-    start_from = weights.load_simmim(config.run.init_from) if config.run.init_from else None
+    start_from = _load_start(config, data) if config.run.init_from else None
     place = launch.find_place(os.environ)
     micro_batch, accumulation = split_batch(config.train.global_batch, place.size, config.train.micro_batch)
     world = launch.start(config.engine)
@@ -97,7 +103,8 @@ def pretrain(config: PretrainConfig) -> FitResult:
         with RunDirectory.open(config.run.dir, dump(config), world) as run:
             objective = Objective(config, torch.as_tensor(data.store.voxels).long(), data.store.grid.shape)
             if start_from is not None and not list_checkpoints(run.path):
-                _start_from(objective, start_from.state_dict(), config.run.init_from, run)
+                objective.simmim.load_state_dict(start_from)
+                run.event("initialised", 0, source=str(config.run.init_from))
             _note_data(run, data)
             on_first(lambda: write_contract(run.path, config, data.store, data.splits, data.train), world)
             backend = build_backend(
@@ -167,12 +174,22 @@ class OnDevice:
         self._reader.close()
 
 
-def _start_from(objective: Objective, state: dict[str, Any], source: Path | None, run: RunDirectory) -> None:
-    try:
-        objective.simmim.load_state_dict(state)
-    except RuntimeError as error:
-        raise SwiftError(f"run.init_from={source}: these weights are of another architecture than model") from error
-    run.event("initialised", 0, source=str(source))
+def _load_start(config: PretrainConfig, data: Data) -> dict[str, Tensor]:
+    """Tensors of `run.init_from`, made for this architecture and this input.
+
+    Raises:
+        SwiftError: the weights are of another architecture, or were made for other input; the difference is named.
+    """
+    source = Path(str(config.run.init_from))
+    tensors, card = weights.load(source)
+    if card.kind != "simmim":
+        raise SwiftError(f"run.init_from={source}: an encoder alone; pretraining starts from exported SimMIM weights")
+    mine, theirs = config.model.model_dump(), card.model.model_dump()
+    for name in sorted(mine.keys() - FREE_TO_DIFFER):
+        if mine[name] != theirs[name]:
+            raise SwiftError(f"run.init_from={source}: made with model.{name}={theirs[name]}, not {mine[name]}")
+    weights.check_contract(card, input_contract(config, data.store, data.train))
+    return tensors
 
 
 def _note_data(run: RunDirectory, data: Data) -> None:

@@ -141,15 +141,17 @@ def _draw_numbers(figure: Any, metrics: list[dict[str, Any]], evaluation: dict[s
     for name in (n for n in PREDICTORS if n != "model" and n in everyone["methods"]):
         label, colour = PREDICTORS[name]
         loss.axhline(everyone["methods"][name]["l1"], color=colour, ls="--", lw=1, label=f"{label}, held-out L1")
-    values = np.array([m["l1"] for m in everyone["methods"].values()] + [value for _, value in curve])
+    known = [m["l1"] for m in everyone["methods"].values() if m["l1"] is not None]
+    values = np.array(known + [value for _, value in curve])
     loss.set_ylim(0.95 * values.min(), 1.15 * values.max())
     loss.set(xlabel="step", ylabel="on hidden brain voxels, normalised units")
     loss.legend(fontsize=6, frameon=False)
 
-    names = [name for name in PREDICTORS if everyone["methods"].get(name, {}).get("r2")]
+    scored = {name: method["r2"] for name, method in everyone["methods"].items() if method["r2"]}
+    names = [name for name in PREDICTORS if scored.get(name, {}).get("mean") is not None]
     for place, name in enumerate(reversed(names)):
         label, colour = PREDICTORS[name]
-        r2 = everyone["methods"][name]["r2"]
+        r2 = scored[name]
         if r2["low"] is not None:
             score.plot((r2["low"], r2["high"]), (place, place), color=colour, lw=3, solid_capstyle="butt")
         score.plot(r2["mean"], place, "o", color=colour, ms=6)

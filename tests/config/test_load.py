@@ -51,6 +51,7 @@ def test_a_preset_named_by_override_keeps_the_other_model_overrides(small: Path)
         ("train.max_steps=0", "greater than 0"),
         ("optimizer.lr=.nan", "finite"),
         ("mask.ratio=1.5", "mask.ratio"),
+        ("data.normalisation={kind: per_voxel, scope: clip}", "use scope=run"),
         ("mask.patch_size=[6, 6, 6, 5]", "must divide the padded clip"),
         ("mask.patch_size=[9, 9, 9, 2]", "must be a multiple of model.patch_size"),
         ("clip.frames=48", "raise model.frames"),
