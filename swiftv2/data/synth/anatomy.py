@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from nilearn import datasets
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -115,6 +114,8 @@ def brain_margins(atlas: Atlas, voxel_mm: float) -> tuple[tuple[int, int, int], 
 
 def load_atlas(voxel_mm: float) -> Atlas:
     """The maps, smoothed to the resolution at which they will be sampled (FWHM of one voxel)."""
+    from nilearn import datasets  # Seconds to import: workers, who are handed the maps, do without.
+
     brain = datasets.load_mni152_brain_mask(resolution=1)
     origin = brain.affine[:3, 3] + 0.5
     sigma = np.sqrt(max(voxel_mm**2 - MASTER_MM**2, 0.0)) / 2.355 / MASTER_MM
@@ -122,7 +123,10 @@ def load_atlas(voxel_mm: float) -> Atlas:
     tissue = [ndimage.gaussian_filter(_halve(image), sigma) for image in (brain, grey, white)]
     tissue = [tissue[0], *(np.minimum(t, tissue[0]) for t in tissue[1:])]
     lattice = Lattice(tissue[0].shape, (origin[0], origin[1], origin[2]), MASTER_MM)
-    maps = [*tissue, _ventricle_growth(tissue, lattice), *_network_maps(tissue[1], lattice)]
+    regions = datasets.fetch_coords_seitzman_2018(ordered_regions=True)
+    places = np.array([[roi["x"], roi["y"], roi["z"]] for _, roi in regions["rois"].iterrows()], float)
+    networks = _network_maps(tissue[1], lattice, places, np.asarray(regions["networks"], object))
+    maps = [*tissue, _ventricle_growth(tissue, lattice), *networks]
     return Atlas(np.stack(maps).astype(np.float32), lattice.origin)
 
 
@@ -145,11 +149,15 @@ def _ventricle_growth(tissue: list[Array], lattice: Lattice) -> Array:
     return growth
 
 
-def _network_maps(grey: Array, lattice: Lattice) -> list[Array]:
-    """For each network the sum of Gaussians at its regions and their mirror images, times grey matter; largest 1."""
-    atlas = datasets.fetch_coords_seitzman_2018(ordered_regions=True)
-    places = np.array([[roi["x"], roi["y"], roi["z"]] for _, roi in atlas["rois"].iterrows()], float)
-    labels = np.asarray(atlas["networks"], object)
+def _network_maps(grey: Array, lattice: Lattice, places: NDArray[np.float64], labels: NDArray[np.object_]) -> list[Array]:
+    """For each network the sum of Gaussians at its regions and their mirror images, times grey matter; largest 1.
+
+    Args:
+        grey: share of grey matter (z, y, x).
+        lattice: of `grey`.
+        places: centres (300, 3) of the regions in mm.
+        labels: network of each region (300,).
+    """
     names = labels.copy()
     for name in SPLIT_NETWORKS:
         middle = np.median(places[labels == name, 1])

@@ -13,7 +13,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from multiprocessing import connection
 from pathlib import Path
 
@@ -153,6 +152,8 @@ def _write_tables(config: SynthConfig, people: list[Person], root: Path, wanted:
 
 
 Job = tuple[SynthConfig, Person, Path, str | None]
+_maps: dict[float, Atlas] = {}
+"""The last atlas that this process used, by voxel size: making it takes seconds."""
 
 
 @contextmanager
@@ -161,8 +162,9 @@ def _mapped(jobs: list[Job], workers: int) -> Iterator[Iterator[tuple[int, int]]
     if workers <= 1:
         yield map(_write, jobs)
         return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=spawn, initializer=_end_with_parent) as pool:
+    voxel_mm = jobs[0][0].voxel_mm
+    context, handed = multiprocessing.get_context("spawn"), (voxel_mm, _atlas(voxel_mm))
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_begin_worker, initargs=handed) as pool:
         try:
             yield pool.map(_write, jobs)
         except BaseException:
@@ -170,8 +172,9 @@ def _mapped(jobs: list[Job], workers: int) -> Iterator[Iterator[tuple[int, int]]
             raise
 
 
-def _end_with_parent() -> None:
-    """End this worker when the process that started it is killed: it would wait for work for ever."""
+def _begin_worker(voxel_mm: float, atlas: Atlas) -> None:
+    """Keep the maps, and end when the process that started this worker is killed: it would wait for work for ever."""
+    _maps[voxel_mm] = atlas
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_leave_after, args=(parent.sentinel,), daemon=True).start()
@@ -187,6 +190,8 @@ def _write(job: Job) -> tuple[int, int]:
     return write_person(config, person, _atlas(config.voxel_mm), root, fault)
 
 
-@lru_cache(1)
 def _atlas(voxel_mm: float) -> Atlas:
-    return load_atlas(voxel_mm)
+    if voxel_mm not in _maps:
+        _maps.clear()
+        _maps[voxel_mm] = load_atlas(voxel_mm)
+    return _maps[voxel_mm]
