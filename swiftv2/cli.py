@@ -17,7 +17,7 @@ from swiftv2.config.load import build, dump, load, load_model, override, read_ya
 from swiftv2.config.model import ModelConfig
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.config.synth import SynthConfig
-from swiftv2.errors import SwiftError, UsageError
+from swiftv2.errors import RankError, SwiftError, UsageError
 from swiftv2.terminal import Parser, Shown, add_command, add_json, answer, say, table
 
 if TYPE_CHECKING:  # What is heavy is imported by the commands that need it, so that --help answers at once.
@@ -58,11 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         command: Callable[[argparse.Namespace], int] = arguments.command
         return command(arguments)
     except SwiftError as error:
-        _complain(str(error))
+        _complain(str(error), alone=isinstance(error, RankError))
         return error.exit_status
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""
-        _complain(f"{where}{error.strerror or error}")
+        _complain(f"{where}{error.strerror or error}", alone=True)
         return FAILED
     except Terminated:
         _complain(STOPPED)
@@ -88,10 +88,10 @@ def _rank() -> int:
     return next((int(os.environ[name]) for name in RANK_VARIABLES if os.environ.get(name, "").isdecimal()), 0)
 
 
-def _complain(text: str) -> None:
-    if _rank() > 0:
-        # What is wrong here is mostly wrong on every rank. The first one has the first word: when it has left, the launcher
-        # ends the others, and the line stands there once.
+def _complain(text: str, *, alone: bool = False) -> None:
+    """Say what is wrong, in one line; `alone`: on this rank, and maybe on no other."""
+    if _rank() > 0 and not alone:
+        # The first rank says the same. When it has left, the launcher ends this one, and the line stands there once.
         time.sleep(SILENT_SECONDS)
     line = " ".join(text.splitlines())
     print(f"swiftv2{f' (rank {_rank()})' if _rank() else ''}: {line}", file=sys.stderr)
@@ -391,7 +391,13 @@ def _pretrain(arguments: argparse.Namespace) -> int:
         return 0
     from swiftv2.recipes.pretrain import pretrain
 
-    result = pretrain(config)
+    try:
+        result = pretrain(config)
+    except RuntimeError as error:
+        if "gloo" not in str(error) and type(error).__name__ not in ("DistBackendError", "DistNetworkError"):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise SwiftError(f"the ranks lost each other ({reason}); the same command goes on from the last checkpoint") from error
     if _rank() == 0 and not result.stopped_early:
         say(f"{config.run.dir}: {result.step} steps done; look at {config.run.dir / 'figures' / 'pretraining.png'}")
     return result.exit_status

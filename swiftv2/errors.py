@@ -11,3 +11,7 @@ class UsageError(SwiftError):
     """The command or its configuration is wrong; the command line exits with 2."""
 
     exit_status = 2
+
+
+class RankError(SwiftError):
+    """Something failed on this rank and maybe on no other, such as reading its clips: it must say so itself."""

@@ -22,7 +22,7 @@ from swiftv2.data.clips import ClipIndex, spread_clips
 from swiftv2.data.masks import brain_cells, cell_counts, draw_mask
 from swiftv2.data.order import SampleOrder, rank_positions
 from swiftv2.data.sources import RunSource, StoredRun
-from swiftv2.errors import SwiftError
+from swiftv2.errors import RankError, SwiftError
 
 Integers = NDArray[np.int64]
 _CACHE_BYTES = 64 << 20
@@ -239,9 +239,9 @@ class Prefetcher:
         except Exception as error:
             key, last = self._source.runs[run].key, start + (frames - 1) * stride
             if isinstance(error, SwiftError) and key in str(error):
-                raise
+                raise RankError(str(error)) from error
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise SwiftError(
+            raise RankError(
                 f"run {key}, frames {start} to {last}: cannot be read ({reason}); `swiftv2 store verify` tells what is damaged"
             ) from error
 
