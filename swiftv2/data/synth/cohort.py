@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -168,12 +169,16 @@ def _mapped(jobs: list[Job], workers: int) -> Iterator[Iterator[tuple[int, int]]
         try:
             yield pool.map(_write, jobs)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
 
 
 def _begin_worker(voxel_mm: float, atlas: Atlas) -> None:
-    """Keep the maps, and end when the process that started this worker is killed: it would wait for work for ever."""
+    """Keep the maps, and end when the process that started this worker is killed: it would wait for work for ever.
+
+    Ctrl-C reaches all: the parent answers it, the workers end what they are at.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _maps[voxel_mm] = atlas
     parent = multiprocessing.parent_process()
     if parent is not None:
