@@ -45,6 +45,8 @@ class HeldOut:
         report = scores.report(self.config.run.seed)
         groups = {name: dataclasses.asdict(score) for name, score in report.items()}
         content = {"step": step, "split": self.config.evaluate.split, "loss": loss, "hidden_share_of_brain": share}
+        kind = self.config.loss.kind
+        content |= {"loss_kind": kind, "distance": "l2" if kind == "l2" else "l1"}
         # JSON knows no NaN: null stands for what a diverged model scores.
         content = json.loads(json.dumps(content | {"groups": groups}), parse_constant=lambda _: None)
         text = json.dumps(content, indent=1) + "\n"
@@ -102,4 +104,5 @@ def _flat(group: str, score: CohortScore) -> dict[str, Any]:
     for name, method in score.methods.items():
         values[f"heldout/{group}/r2/{name}"] = method.r2.mean if method.r2 else None
         values[f"heldout/{group}/l1/{name}"] = method.l1
+        values[f"heldout/{group}/l2/{name}"] = method.l2
     return {key: value for key, value in values.items() if value is not None}

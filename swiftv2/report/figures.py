@@ -13,7 +13,6 @@ from swiftv2.errors import SwiftError
 
 Arrays = dict[str, NDArray[Any]]
 
-HELD_OUT_L1 = "heldout/all/l1/model"
 HIDDEN = "#7d92b3"
 PLANES = ("sagittal", "coronal", "axial")
 PREDICTORS = {
@@ -97,7 +96,9 @@ def _draw_slices(figure: Any, arrays: Arrays) -> None:
             for row, plane in enumerate(PLANES):
                 axis = axes[row, 3 * block + column]
                 values = arrays[f"{signal}_{kind}_{plane}"]
-                picture = np.ma.masked_where(np.isnan(values), np.where(np.isinf(values), np.inf, values.clip(low, high)))
+                picture = np.ma.masked_where(
+                    np.isnan(values), np.where(np.isinf(values), high + abs(high), values.clip(low, high))
+                )
                 image = axis.imshow(picture.T, origin="lower", cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
                 axis.set_xticks([])
                 axis.set_yticks([])
@@ -134,14 +135,16 @@ def _draw_numbers(figure: Any, metrics: list[dict[str, Any]], evaluation: dict[s
     loss, score = figure.subplots(1, 2, width_ratios=(1.25, 1.0))
     everyone = evaluation["groups"]["all"]
     training = np.array([(row["step"], row["loss"]) for row in metrics if row.get("loss") is not None])
-    curve = [(row["step"], row[HELD_OUT_L1]) for row in metrics if row.get(HELD_OUT_L1) is not None]
+    distance = evaluation["distance"]
+    key, shown = f"heldout/all/{distance}/model", f"held-out {distance.upper()}"
+    curve = [(row["step"], row[key]) for row in metrics if row.get(key) is not None]
     if len(training):
-        loss.plot(*training.T, color="#e0b7a3", lw=0.8, label="training loss")
-    loss.plot(*np.array(curve).T, "o-", ms=3, color=PREDICTORS["model"][1], label="Swin4D, held-out L1")
+        loss.plot(*training.T, color="#e0b7a3", lw=0.8, label=f"training, {evaluation['loss_kind']}")
+    loss.plot(*np.array(curve).T, "o-", ms=3, color=PREDICTORS["model"][1], label=f"Swin4D, {shown}")
     for name in (n for n in PREDICTORS if n != "model" and n in everyone["methods"]):
         label, colour = PREDICTORS[name]
-        loss.axhline(everyone["methods"][name]["l1"], color=colour, ls="--", lw=1, label=f"{label}, held-out L1")
-    known = [m["l1"] for m in everyone["methods"].values() if m["l1"] is not None]
+        loss.axhline(everyone["methods"][name][distance], color=colour, ls="--", lw=1, label=f"{label}, {shown}")
+    known = [m[distance] for m in everyone["methods"].values() if m[distance] is not None]
     values = np.array(known + [value for _, value in curve])
     loss.set_ylim(0.95 * values.min(), 1.15 * values.max())
     loss.set(xlabel="step", ylabel="on hidden brain voxels, normalised units")
