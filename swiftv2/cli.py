@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -379,8 +380,11 @@ def _store_synth(arguments: argparse.Namespace) -> int:
     for word in arguments.overrides:
         override(tree, word)
     config = build(SynthConfig, tree, where=str(arguments.config or "synth"))
-    report = generate(config, arguments.folder, arguments.workers)
-    answer({"folder": str(arguments.folder)}, f"{arguments.folder}: {report}", as_json=arguments.json)
+    if arguments.workers < 1:
+        raise UsageError("--workers takes a number of processes, 1 or more")
+    with Shown("subjects") as shown:
+        report = generate(config, arguments.folder, arguments.workers, shown.update)
+    answer({"folder": str(arguments.folder), **asdict(report)}, f"{arguments.folder}: {report}", as_json=arguments.json)
     return 0
 
 

@@ -290,8 +290,21 @@ def test_weights_of_another_model_do_not_begin_a_run(
     assert cli.main(["checkpoint", "export", str(run), str(tmp_path / "w")]) == 0
     again = tmp_path / "again"
     words = pretrain_words(config, real_store, again, f"run.init_from={tmp_path / 'w'}", "model.embed_dim=16")
-    assert "another architecture" in fails(words, 1, capsys)
-    assert not (again / "checkpoints" / "step_2").exists()
+    assert "embed_dim" in fails(words, 1, capsys)
+    assert not again.exists()
+
+
+def test_a_damaged_store_ends_a_run_and_keeps_its_checkpoints(
+    config: Path, real_store: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Path(shutil.copytree(real_store, tmp_path / "s.zarr"))
+    for shard in (store / "bold" / "int16").glob("c.*.0.0"):
+        shard.write_bytes(shard.read_bytes()[:-50_000])
+    line = fails(pretrain_words(config, store, run, "train.max_steps=8"), 1, capsys)
+    assert re.search(r"run r[0-9a-f]{16}, frames \d+ to \d+ cannot be read", line)
+    assert steps_of(run) == ["step_2", "step_4", "step_6"]
+    assert events_of(run, "failed")[-1]["problem"] in line
+    assert cli.main(pretrain_words(config, real_store, run, "train.max_steps=8")) == 0, "with the sound store it goes on"
 
 
 def test_another_store_does_not_continue_a_run(
