@@ -44,7 +44,12 @@ class HeldOut:
         self.objective.train(was_training)
         report = scores.report(self.config.run.seed)
         groups = {name: dataclasses.asdict(score) for name, score in report.items()}
-        content = {"step": step, "split": self.config.evaluate.split, "loss": loss, "hidden_share_of_brain": share}
+        content: dict[str, Any] = {
+            "step": step,
+            "split": self.config.evaluate.split,
+            "loss": loss,
+            "hidden_share_of_brain": share,
+        }
         kind = self.config.loss.kind
         content |= {"loss_kind": kind, "distance": "l2" if kind == "l2" else "l1"}
         # JSON knows no NaN: null stands for what a diverged model scores.

@@ -140,7 +140,8 @@ def _draw_numbers(figure: Any, metrics: list[dict[str, Any]], evaluation: dict[s
     curve = [(row["step"], row[key]) for row in metrics if row.get(key) is not None]
     if len(training):
         loss.plot(*training.T, color="#e0b7a3", lw=0.8, label=f"training, {evaluation['loss_kind']}")
-    loss.plot(*np.array(curve).T, "o-", ms=3, color=PREDICTORS["model"][1], label=f"Swin4D, {shown}")
+    if curve:
+        loss.plot(*np.array(curve).T, "o-", ms=3, color=PREDICTORS["model"][1], label=f"Swin4D, {shown}")
     for name in (n for n in PREDICTORS if n != "model" and n in everyone["methods"]):
         label, colour = PREDICTORS[name]
         loss.axhline(everyone["methods"][name][distance], color=colour, ls="--", lw=1, label=f"{label}, {shown}")
