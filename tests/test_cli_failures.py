@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import nitime
 import pytest
@@ -105,7 +106,7 @@ def steps_of(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-def events_of(run: Path, kind: str) -> list[dict[str, object]]:
+def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
     return [row for row in read_lines(run / "events.jsonl") if row["event"] == kind]
 
 
