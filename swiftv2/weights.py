@@ -153,9 +153,7 @@ def export(folder: Path, weights: nn.Module | Mapping[str, Tensor], card: Card |
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch.mkdir()
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, scratch / TENSORS)
-        written = card.model_copy(
-            update={"sha256": _digest(scratch / TENSORS), "bytes": (scratch / TENSORS).stat().st_size}
-        )
+        written = card.model_copy(update={"sha256": _digest(scratch / TENSORS), "bytes": (scratch / TENSORS).stat().st_size})
         (scratch / CARD).write_text(written.model_dump_json(indent=2) + "\n", encoding="utf-8")
         for path in (scratch / TENSORS, scratch / CARD, scratch):
             _sync(path)
@@ -334,9 +332,7 @@ def _check_tensors(found: Mapping[str, tuple[int, ...]], card: Card, where: str)
 
 def _refuse_mup(folder: Path, card: Card) -> None:
     if card.mup is not None:
-        raise SwiftError(
-            f"{folder}: these weights need muP multipliers, which this version cannot apply; use a newer one"
-        )
+        raise SwiftError(f"{folder}: these weights need muP multipliers, which this version cannot apply; use a newer one")
 
 
 def _agrees(name: str, wanted: Any, given: Any) -> bool:

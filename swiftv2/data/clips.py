@@ -59,7 +59,9 @@ def select_runs(
     if unknown:
         raise UsageError(f"data.cohorts: the store has no cohort {unknown[0]!r}; it has {', '.join(sorted(known))}")
     wanted, kept = set(subjects), known if cohorts is None else set(cohorts)
-    return np.array([i for i, run in enumerate(runs) if run.subject in wanted and run.cohort in kept and not run.withdrawn], dtype=np.int64)
+    return np.array(
+        [i for i, run in enumerate(runs) if run.subject in wanted and run.cohort in kept and not run.withdrawn], dtype=np.int64
+    )
 
 
 def index_clips(

@@ -107,10 +107,7 @@ class Backend(ABC):
         """
         _write_on_first(folder / WEIGHTS, self.full_state(), self.world)
         moments = {
-            f"{kind}/{name}": tensor.cpu()
-            for kind in MOMENTS
-            for name, tensor in self._tensors(kind)
-            if self.world.rank == 0
+            f"{kind}/{name}": tensor.cpu() for kind in MOMENTS for name, tensor in self._tensors(kind) if self.world.rank == 0
         }
         moments["step"] = torch.tensor(self._adam_steps(), dtype=torch.int64)
         _write_on_first(folder / OPTIMIZER, moments, self.world)

@@ -106,9 +106,7 @@ def find_place(environment: Mapping[str, str]) -> Place:
     in_step = _in_slurm_step(env)
     if "PMI_RANK" in env and not (in_step and _same_in_slurm(env)):
         rank, size = _number(env, "PMI_RANK", "mpiexec (MPICH)"), _number(env, "PMI_SIZE", "mpiexec (MPICH)")
-        local = [
-            int(env[n]) if n in env else rest for n, rest in (("MPI_LOCALRANKID", rank), ("MPI_LOCALNRANKS", size))
-        ]
+        local = [int(env[n]) if n in env else rest for n, rest in (("MPI_LOCALRANKID", rank), ("MPI_LOCALNRANKS", size))]
         return _checked("mpirun", env, rank, size, *local)
     if in_step:
         return _from_srun(env)
@@ -125,9 +123,7 @@ def _from_torchrun(env: Mapping[str, str]) -> Place:
     place = _checked("torchrun", env, rank, size, local, int(env.get("LOCAL_WORLD_SIZE", size)))
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if size > 1 and name not in env:
-            raise SwiftError(
-                f"RANK={rank} and WORLD_SIZE={size} are set but {name} is not: start with torchrun, or set it"
-            )
+            raise SwiftError(f"RANK={rank} and WORLD_SIZE={size} are set but {name} is not: start with torchrun, or set it")
     return place
 
 
@@ -165,9 +161,7 @@ def _same_in_slurm(env: Mapping[str, str]) -> bool:
 def _number(env: Mapping[str, str], name: str, launcher: str) -> int:
     text = env.get(name)
     if text is None:
-        raise SwiftError(
-            f"this looks like a process of {launcher}, but {name} is not set: start all ranks with one launcher"
-        )
+        raise SwiftError(f"this looks like a process of {launcher}, but {name} is not set: start all ranks with one launcher")
     if not text.isdigit():
         raise SwiftError(f"{name}={text!r} is not a number: start all ranks with one launcher ({launcher})")
     return int(text)
@@ -216,9 +210,7 @@ def _choose_device(wanted: str, place: Place) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise SwiftError(
-            "engine.device=cuda, but PyTorch finds no GPU: say engine.device=cpu or install a CUDA build of torch"
-        )
+        raise SwiftError("engine.device=cuda, but PyTorch finds no GPU: say engine.device=cpu or install a CUDA build of torch")
     count = torch.cuda.device_count()
     # A launcher that binds one GPU to each task shows every task its own as number 0.
     index = 0 if count == 1 else place.local_rank

@@ -75,9 +75,7 @@ class Lease:
             if former is not None:
                 age = temporary.stat().st_mtime - path.stat().st_mtime
                 if _alive(former, mine, age, stale_seconds):
-                    raise SwiftError(
-                        f"{run_dir} is being written by {former}: stop that one first, or wait until it has ended"
-                    )
+                    raise SwiftError(f"{run_dir} is being written by {former}: stop that one first, or wait until it has ended")
                 _retire(path, former)
             # A hard link fails where another newcomer was faster; a rename would overwrite it.
             with contextlib.suppress(FileExistsError):
@@ -104,9 +102,7 @@ class Lease:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.release()
 
     def _beat(self) -> None:

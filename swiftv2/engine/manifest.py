@@ -33,9 +33,7 @@ def write_manifest(folder: Path, world: World) -> None:
     def write() -> None:
         for below in sorted({(folder / name).parent for name in files}):
             sync(below)
-        write_atomically(
-            folder / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True) + "\n"
-        )
+        write_atomically(folder / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True) + "\n")
 
     on_first(write, world)
 

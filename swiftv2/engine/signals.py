@@ -41,9 +41,7 @@ class StopRequest:
             self._former[number] = signal.signal(number, self._note)  # type: ignore[assignment]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, former in self._former.items():
             signal.signal(number, former)
 

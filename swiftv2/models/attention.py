@@ -38,9 +38,7 @@ class WindowAttention(nn.Module):
         weights = self.qkv.weight.view(3, width, width).unbind(0)
         biases = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.view(3, width).unbind(0)
         query, key, value = (
-            functional.linear(windows, w, b)
-            .view(count, length, batch * self.heads, width // self.heads)
-            .transpose(1, 2)
+            functional.linear(windows, w, b).view(count, length, batch * self.heads, width // self.heads).transpose(1, 2)
             for w, b in zip(weights, biases, strict=True)
         )
         if self.rotary_theta is not None:
@@ -62,9 +60,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, cut: Partition) -> Tensor
         parts.append(functional.scaled_dot_product_attention(query[:free], key[:free], value[:free], scale=scale))
     if cut.mask is not None:
         parts.append(
-            functional.scaled_dot_product_attention(
-                query[free:], key[free:], value[free:], attn_mask=cut.mask, scale=scale
-            )
+            functional.scaled_dot_product_attention(query[free:], key[free:], value[free:], attn_mask=cut.mask, scale=scale)
         )
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out[..., :head_dim] if missing else out

@@ -19,9 +19,7 @@ def forward_flops(config: ModelConfig) -> dict[str, int]:
         and `total` = encoder + decoder.
     """
     grids = stage_grids(config)
-    counts = {
-        "patch_embed": _linear(math.prod(grids[0]), math.prod(config.patch_size) * config.in_channels, config.embed_dim)
-    }
+    counts = {"patch_embed": _linear(math.prod(grids[0]), math.prod(config.patch_size) * config.in_channels, config.embed_dim)}
     for stage, grid in enumerate(grids):
         count = sum(_block(config, stage, block, grid) for block in range(config.depths[stage]))
         if stage + 1 < len(grids):

@@ -242,9 +242,7 @@ def _regions(spec: WindowSpec) -> npt.NDArray[np.int64]:
     axes = []
     for size, window, shift in zip(spec.padded, spec.window, spec.shift, strict=True):
         position = np.arange(size)
-        axes.append(
-            (position >= size - window).astype(np.int64) + (position >= size - shift) if shift else position * 0
-        )
+        axes.append((position >= size - window).astype(np.int64) + (position >= size - shift) if shift else position * 0)
     h, w, d, t = np.ix_(*axes)
     return _cut(((h * 3 + w) * 3 + d) * 3 + t, spec.window)
 

@@ -44,7 +44,5 @@ def decay_names(module: nn.Module) -> set[str]:
     Norms, biases, position tables, the mask token and layer scales are left alone.
     """
     return {
-        f"{prefix}.weight" if prefix else "weight"
-        for prefix, child in module.named_modules()
-        if isinstance(child, nn.Linear)
+        f"{prefix}.weight" if prefix else "weight" for prefix, child in module.named_modules() if isinstance(child, nn.Linear)
     }

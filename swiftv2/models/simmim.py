@@ -65,9 +65,7 @@ class SimMIM(nn.Module):
             SwiftError: shapes do not fit one another or the model.
         """
         self._check(volume, mask, brain)
-        cells_per_token = as_grid(
-            [c // p for c, p in zip(self.mask_config.patch_size, self.config.patch_size, strict=True)]
-        )
+        cells_per_token = as_grid([c // p for c, p in zip(self.mask_config.patch_size, self.config.patch_size, strict=True)])
         features = self.encoder(volume, drop_path, enlarge(mask, cells_per_token), self.mask_token)
         _, _, h, w, d, t = volume.shape
         reconstruction = self.decoder(features)[:, :, :h, :w, :d, :t].float()
@@ -141,9 +139,7 @@ def _distance(reconstruction: Tensor, target: Tensor, loss: LossConfig) -> Tenso
 def _whole_patches(brain: Tensor, patch: Sequence[int]) -> Tensor:
     """(B, H, W, D) bool: every voxel of a patch that holds any brain voxel."""
     _, h, w, d = brain.shape
-    padded = functional.pad(
-        brain, [size for n, p in zip((d, w, h), reversed(patch), strict=True) for size in (0, -n % p)]
-    )
+    padded = functional.pad(brain, [size for n, p in zip((d, w, h), reversed(patch), strict=True) for size in (0, -n % p)])
     held = split_axes(padded, 1, patch).any(dim=6).any(dim=4).any(dim=2)
     ph, pw, pd = patch
     return enlarge(held[..., None], (ph, pw, pd, 1))[:, :h, :w, :d, 0]

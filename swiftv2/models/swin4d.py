@@ -175,9 +175,7 @@ class Swin4D(nn.Module):
         return features
 
     @untraced
-    def _cuts(
-        self, grids: list[Grid], batch: int, device: torch.device, dtype: torch.dtype
-    ) -> list[list[list[Partition]]]:
+    def _cuts(self, grids: list[Grid], batch: int, device: torch.device, dtype: torch.dtype) -> list[list[list[Partition]]]:
         """Window cuts by stage, block and attention."""
         return [
             [
