@@ -304,7 +304,7 @@ def test_a_damaged_store_ends_a_run_and_keeps_its_checkpoints(
     line = fails(pretrain_words(config, store, run, "train.max_steps=8"), 1, capsys)
     assert re.search(r"run r[0-9a-f]{16}, frames \d+ to \d+ cannot be read", line)
     assert steps_of(run) == ["step_2", "step_4", "step_6"]
-    assert events_of(run, "failed")[-1]["problem"] in line
+    assert str(events_of(run, "failed")[-1]["problem"]) in line
     assert cli.main(pretrain_words(config, real_store, run, "train.max_steps=8")) == 0, "with the sound store it goes on"
 
 

@@ -69,9 +69,7 @@ class ModelConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(self.depths) != len(self.num_heads):
-            raise ValueError(
-                f"depths has {len(self.depths)} stages, num_heads {len(self.num_heads)}: give one entry a stage"
-            )
+            raise ValueError(f"depths has {len(self.depths)} stages, num_heads {len(self.num_heads)}: give one entry a stage")
         for stage, heads in enumerate(self.num_heads):
             width = self.embed_dim * 2**stage
             if width % heads:
@@ -82,13 +80,9 @@ class ModelConfig(Config):
                 )
         for stage in self.checkpoint_stages:
             if not 0 <= stage < len(self.depths):
-                raise ValueError(
-                    f"checkpoint_stages: there is no stage {stage}; stages are 0 to {len(self.depths) - 1}"
-                )
+                raise ValueError(f"checkpoint_stages: there is no stage {stage}; stages are 0 to {len(self.depths) - 1}")
         if self.variant != "decoupled" and not self.absolute_position:
-            raise ValueError(
-                f"absolute_position=false needs variant=decoupled; {self.variant} has no other notion of place"
-            )
+            raise ValueError(f"absolute_position=false needs variant=decoupled; {self.variant} has no other notion of place")
         return self
 
     @model_validator(mode="after")
