@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -58,9 +59,24 @@ def started(words: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
+        kill(process.pid)
         process.communicate()
+
+
+def kill(pid: int) -> None:
+    """SIGKILL to a process and all that it started: torchrun's ranks are in sessions of their own."""
+    for one in family(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it started, itself first; empty when it is gone."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
+    except OSError:
+        return []
+    return [pid, *(below for child in children for below in family(int(child)))]
 
 
 @contextlib.contextmanager

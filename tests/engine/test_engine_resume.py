@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import environment, started, worker
+from ranks import environment, family, kill, started, worker
 from safetensors.torch import load_file
 
 from swiftv2.engine.checkpoint import latest, list_checkpoints
@@ -54,12 +54,6 @@ def _wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> 
     raise AssertionError(f"step {step} was not reached:\n{output[-3000:]}")
 
 
-def _family(pid: int) -> list[int]:
-    """A process and all that it started, itself first."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(below for child in children for below in _family(int(child)))]
-
-
 def _flip_a_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -76,8 +70,7 @@ def test_killed_damaged_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
     step = random.randint(9, 20)  # noqa: S311 (any step will do; it is shown on failure)
     with started(worker(2, "run.py", str(disturbed), _options(ZERO2, 0.05, **steps))) as process:
         _wait_for_step(disturbed, step, process)
-        for pid in _family(process.pid):
-            os.kill(pid, signal.SIGKILL)
+        kill(process.pid)
         process.wait(timeout=30)
     newest = latest(disturbed)
     assert newest is not None, f"killed at step {step}"
@@ -118,7 +111,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path) -> Non
     steps = {"max_steps": 20, "save_every": 100}
     with started(worker(2, "run.py", str(stopped), _options(PLAIN, 0.1, **steps))) as process:
         _wait_for_step(stopped, 4, process)
-        os.kill(_family(process.pid)[-1], signal.SIGTERM)
+        os.kill(family(process.pid)[-1], signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
     assert "exitcode  : 75" in output
     (event,) = _events(stopped, "stopped")

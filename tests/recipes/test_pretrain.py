@@ -1,9 +1,7 @@
 """Pretraining on real BOLD, by real processes: resumed as if nothing had happened, equal however it is spread."""
 
 import json
-import os
 import re
-import signal
 import time
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from ranks import Launcher, swiftv2_run, swiftv2_started
+from ranks import Launcher, kill, swiftv2_run, swiftv2_started
 from safetensors.torch import load_file
 
 from swiftv2 import weights
@@ -79,11 +77,11 @@ def test_two_ranks_killed_at_a_random_step_go_on_bit_for_bit(config: Path, real_
             if metrics.exists() and len(read_metrics(metrics)) >= kill_at:
                 break
             time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
+        kill(process.pid)
     reached = len(read_metrics(run / "metrics.jsonl"))
     pretrain(config, real_store, run, ranks=2)
 
-    events = [json.loads(line)["kind"] for line in (run / "events.jsonl").read_text().splitlines()]
+    events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
     assert reached >= 8 or "resumed" in events, f"killed at step {kill_at}, {reached} steps seen, {events}"
     assert losses(run) == losses(tmp_path / "undisturbed")
     expected, found = final_weights(tmp_path / "undisturbed"), final_weights(run)
