@@ -25,16 +25,20 @@ class StopRequest:
         self._world = world
         self._interrupts = 0
         self._former: dict[signal.Signals, signal.Handlers | None] = {}
-        self.name: str | None = None
+        self._number = 0
+
+    @property
+    def name(self) -> str | None:
+        """The signal that asked, on this rank or, once agreed, on any; None while nobody has."""
+        return signal.Signals(self._number).name if self._number else None
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop (collective)."""
-        asked = self.name is not None
-        if self._world.size == 1:
-            return asked
-        flag = torch.tensor(int(asked), device=self._world.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        if self._world.size > 1:
+            number = torch.tensor(self._number, device=self._world.device)
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
+            self._number = int(number.item())
+        return self._number > 0
 
     def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
@@ -47,7 +51,7 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.name = signal.Signals(number).name
+        self._number = number
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts >= _INTERRUPTS_BEFORE_GIVING_UP:

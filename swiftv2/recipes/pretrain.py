@@ -67,6 +67,9 @@ def open_data(config: PretrainConfig) -> Data:
         select_runs(store.runs, subjects, config.data.cohorts)
         for subjects in (splits.train, splits.part(config.evaluate.split))
     ]
+    for part, runs in zip(("train", config.evaluate.split), chosen, strict=True):
+        if not len(runs):
+            raise UsageError(f"no run of the store is in the part {part}: check data.split and data.cohorts")
     check_repetition_times([store.runs[i].tr for runs in chosen for i in runs], config.data.allow_mixed_tr)
     train, heldout = (index_clips(store.runs, config.clip, runs, allow_mixed_tr=True) for runs in chosen)
     return Data(store, splits, train, heldout)

@@ -116,7 +116,7 @@ def test_frames_are_the_source_numbers_at_their_places(built: Path) -> None:
         assert run.brain_rule == ("mask" if number else "nonzero")
         assert brain.sum() == run.brain_voxels
         assert brain.all() == (number == 0)
-        values = expected[:, brain].astype(float)
+        values = expected[run.steady_from :, brain].astype(float)
         assert run.statistics[:2] == pytest.approx((values.mean(), values.std()))
         np.testing.assert_allclose(store.voxel_mean(index)[brain], values.mean(axis=0), rtol=1e-6)
         np.testing.assert_allclose(store.voxel_std(index)[brain], values.std(axis=0), rtol=1e-5)
@@ -128,6 +128,7 @@ def test_confounds_and_labels_join(built: Path) -> None:
     index = next(i for i, run in enumerate(store.runs) if run.confounds)
     displacement = store.frame_values("framewise_displacement", index)
     censored, unsteady = store.frame_values("censored", index), store.frame_values("non_steady_state", index)
+    assert store.runs[index].steady_from == 1
     assert displacement is not None
     assert censored is not None
     assert unsteady is not None

@@ -115,6 +115,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path) -> Non
         output, _ = process.communicate(timeout=60)
     assert "exitcode  : 75" in output
     (event,) = _events(stopped, "stopped")
+    assert event["signal"] == "SIGTERM", "whichever rank got it"
     assert [c.step for c in list_checkpoints(stopped)] == [event["step"]]
     assert 4 <= event["step"] < 20
     said = _run(1, stopped, _options(PLAIN, **steps))

@@ -203,6 +203,7 @@ def test_a_single_real_run_of_odd_shape_is_trained_on(tmp_path: Path, config: Pa
         (["clip.frames=60", "model.frames=60"], 2, "are too short; lower clip.frames"),
         (["data.cohorts=[abcd]"], 2, "the store has no cohort 'abcd'; it has nitime"),
         (["data.split.fractions=[0.4, 0.3, 0.3]"], 2, "cannot fill the 3 parts"),
+        (["data.split.fractions=[1, 0, 0]"], 2, "no run of the store is in the part val"),
         (["run.init_from=nowhere"], 1, "nowhere"),
         (["engine.device=cuda"], 1, "cuda"),
     ],
