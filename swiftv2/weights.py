@@ -27,6 +27,7 @@ from swiftv2.config.data import NormalisationConfig
 from swiftv2.config.load import build
 from swiftv2.config.model import LossConfig, MaskConfig, ModelConfig, Size3
 from swiftv2.errors import SwiftError, UsageError
+from swiftv2.files import sha256, sync
 from swiftv2.models.simmim import SimMIM
 from swiftv2.models.swift_v1 import DEFAULTS, REQUIRED
 from swiftv2.models.swin4d import Swin4D
@@ -153,12 +154,12 @@ def export(folder: Path, weights: nn.Module | Mapping[str, Tensor], card: Card |
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch.mkdir()
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, scratch / TENSORS)
-        written = card.model_copy(update={"sha256": _digest(scratch / TENSORS), "bytes": (scratch / TENSORS).stat().st_size})
+        written = card.model_copy(update={"sha256": sha256(scratch / TENSORS), "bytes": (scratch / TENSORS).stat().st_size})
         (scratch / CARD).write_text(written.model_dump_json(indent=2) + "\n", encoding="utf-8")
         for path in (scratch / TENSORS, scratch / CARD, scratch):
-            _sync(path)
+            sync(path)
         scratch.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise SwiftError(f"{folder}: cannot be written ({error.strerror}); nothing was left there") from error
     except SafetensorError as error:
@@ -198,7 +199,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], Card]:
         size = path.stat().st_size
         if size != card.bytes:
             raise SwiftError(f"{path}: {size} bytes where the card says {card.bytes}; it was cut short or replaced")
-        if _digest(path) != card.sha256:
+        if sha256(path) != card.sha256:
             raise SwiftError(f"{path}: its SHA-256 is not the card's; it was altered or damaged, fetch it again")
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no iterator)
@@ -283,7 +284,7 @@ def import_swift_v1(
         "kind": "encoder",
         "model": model.config.model_dump(),
         "input": dict(contract) | own,
-        "provenance": {"source": "SwiFT v1", "file": checkpoint.name, "sha256": _digest(checkpoint)},
+        "provenance": {"source": "SwiFT v1", "file": checkpoint.name, "sha256": sha256(checkpoint)},
     }
     return model, _card(tree, where="SwiFT v1 input contract")
 
@@ -353,16 +354,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, NormalisationConfig):
         return f"{value.kind} by {value.scope}"
     return "unknown" if value is None else str(value)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

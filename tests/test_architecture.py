@@ -11,15 +11,16 @@ PACKAGE = Path(swiftv2.__file__).parent
 WINGS = {"data", "models", "engine"}
 ALLOWED = {
     "errors": set[str](),
+    "files": {"errors"},
     "config": {"errors"},
-    "data": {"errors", "config"},
+    "data": {"errors", "files", "config"},
     "models": {"errors", "config"},
-    "engine": {"errors", "config"},
-    "weights": {"errors", "config", "models"},
+    "engine": {"errors", "files", "config"},
+    "weights": {"errors", "files", "config", "models"},
     "plan": {"errors", "config", "models"},
     "report": {"errors", "config"},
     "terminal": {"errors"},
-    "recipes": {"errors", "config", "weights", "plan", "report"} | WINGS,
+    "recipes": {"errors", "files", "config", "weights", "plan", "report"} | WINGS,
     "cli": {"errors", "config", "terminal", "weights", "plan", "recipes", "report", "data", "engine"},
     "__main__": {"cli"},
 }

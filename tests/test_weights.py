@@ -11,6 +11,7 @@ import torch
 from swiftv2 import weights
 from swiftv2.config.model import LossConfig, MaskConfig, ModelConfig
 from swiftv2.errors import SwiftError
+from swiftv2.files import sha256
 from swiftv2.models import SimMIM, Swin4D
 from swiftv2.weights import Card
 
@@ -121,7 +122,7 @@ def recard(folder: Path, **changes: Any) -> None:
 def test_a_file_that_is_not_safetensors_is_refused(folder: Path) -> None:
     path = folder / weights.TENSORS
     path.write_bytes(b"not tensors")
-    recard(folder, bytes=11, sha256=weights._digest(path))
+    recard(folder, bytes=11, sha256=sha256(path))
     with pytest.raises(SwiftError, match="not a safetensors file"):
         weights.load(folder)
 
@@ -174,7 +175,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, simmim: SimMIM, mo
     def interrupt(path: Path) -> None:
         raise KeyboardInterrupt(path)
 
-    monkeypatch.setattr(weights, "_sync", interrupt)
+    monkeypatch.setattr(weights, "sync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         weights.export(tmp_path / "new", simmim, card())
     assert not list(tmp_path.iterdir())

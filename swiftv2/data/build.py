@@ -31,6 +31,7 @@ from swiftv2.data.plan_build import Options, Plan, Refused, choose_salt, inspect
 from swiftv2.data.ranks import Alone, Communicator
 from swiftv2.data.store import Run, Store
 from swiftv2.errors import SwiftError, UsageError
+from swiftv2.files import write_file
 
 Result = TypeVar("Result")
 
@@ -200,7 +201,7 @@ def _begin(store: Path, plan: Plan, options: Options, held: contextlib.ExitStack
         _claim(store)
     held.enter_context(_alone_in(store))
     if not kept.is_file():
-        layout.write_file(kept, json.dumps(state).encode(), layout.PRIVATE)
+        write_file(kept, json.dumps(state).encode(), layout.PRIVATE)
     elif json.loads(kept.read_text(encoding="utf-8")) != state:
         raise UsageError(f"{store} is an unfinished store of other files or options: remove it or give another folder")
     for stale in store.rglob("*.partial"):
@@ -212,7 +213,7 @@ def _begin(store: Path, plan: Plan, options: Options, held: contextlib.ExitStack
         for dtype in layout.BOLD_TYPES:
             layout.create_bold(store, dtype, len(plan.candidates), plan.longest, voxels, options.compression)
         layout.create_voxels(store, plan.voxels, options.compression)
-        layout.write_file(zarr_made, b"")
+        write_file(zarr_made, b"")
 
 
 @contextlib.contextmanager
@@ -316,7 +317,7 @@ def _collect(store: Path, plan: Plan, options: Options, *, strict: bool) -> tupl
     lines += [{"file": one.file, "run": one.key, "status": "refused", "reason": one.reason} for one in refused]
     lines.sort(key=lambda line: line["file"])
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    layout.write_file(store / layout.REPORT_FILE, text.encode(), layout.PRIVATE)
+    write_file(store / layout.REPORT_FILE, text.encode(), layout.PRIVATE)
     if strict and refused:
         raise SwiftError(
             f"{len(refused)} of {len(lines)} runs are refused: {reasons([one.reason for one in refused])}; "
@@ -348,7 +349,7 @@ def _assemble(store: Path, runs: tuple[Run, ...], rows: int, ranks: Communicator
 def _finish(store: Path, plan: Plan, runs: tuple[Run, ...], refused: tuple[Refused, ...]) -> BuildReport:
     """Write the index and the file of ids, then the group's metadata."""
     index = "".join(json.dumps(run.to_json()) + "\n" for run in runs).encode()
-    layout.write_file(store / layout.RUNS_FILE, index)
+    write_file(store / layout.RUNS_FILE, index)
     _write_subjects(store, plan, runs)
     attributes = {
         "format": layout.FORMAT,
@@ -382,4 +383,4 @@ def _write_subjects(store: Path, plan: Plan, runs: tuple[Run, ...]) -> None:
         "labels": labels,
     }
     text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-    layout.write_file(store / layout.SUBJECTS_FILE, text.encode(), layout.PRIVATE)
+    write_file(store / layout.SUBJECTS_FILE, text.encode(), layout.PRIVATE)

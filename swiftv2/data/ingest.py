@@ -12,10 +12,11 @@ import numpy.typing as npt
 from swiftv2.data import layout
 from swiftv2.data.discover import Source, read_confounds
 from swiftv2.data.grid import FloatArray, Grid, Placement, place
-from swiftv2.data.nifti import Header, RefusedError, background_number, file_sha256, read_bold, read_mask
+from swiftv2.data.nifti import Header, RefusedError, background_number, read_bold, read_mask
 from swiftv2.data.quantise import Stored, to_stored
 from swiftv2.data.statistics import is_cleaned, run_statistics, voxel_statistics
 from swiftv2.data.store import Run
+from swiftv2.files import sha256, write_file
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def _entry(
         source_orientation=header.orientation,
         source_shape=header.shape,
         source_affine=_rows_of(header.affine),
-        source_sha256=file_sha256(source.path),
+        source_sha256=sha256(source.path),
         bytes=0,
         steady_from=steady_from,
     )
@@ -207,11 +208,11 @@ def stage(folder: Path, taken: Taken, written: int) -> None:
     buffer = io.BytesIO()
     save: Any = np.savez
     save(buffer, **taken.rows)
-    layout.write_file(folder / f"{row}.npz", buffer.getvalue(), layout.PRIVATE)
+    write_file(folder / f"{row}.npz", buffer.getvalue(), layout.PRIVATE)
     entry = {**taken.run.to_json(), "bytes": written}
-    layout.write_file(folder / f"{row}.json", json.dumps({"taken": entry}).encode(), layout.PRIVATE)
+    write_file(folder / f"{row}.json", json.dumps({"taken": entry}).encode(), layout.PRIVATE)
 
 
 def stage_refusal(folder: Path, row: int, reason: str) -> None:
     """Mark a run as done and refused."""
-    layout.write_file(folder / f"{row}.json", json.dumps({"refused": reason}).encode(), layout.PRIVATE)
+    write_file(folder / f"{row}.json", json.dumps({"refused": reason}).encode(), layout.PRIVATE)

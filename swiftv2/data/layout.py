@@ -1,6 +1,5 @@
 """Format 1 of the store on disk: its arrays, shards, codecs and small files (docs/store.md says the same in words)."""
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
 from swiftv2.errors import SwiftError
+from swiftv2.files import sync
 
 FORMAT = 1
 BOLD_TYPES = ("uint8", "int16", "uint16", "float32")
@@ -156,27 +156,6 @@ def write_rows(store: Path, small: Small, first: int, last: int, rows: Mapping[i
     shard = store / small.name / f"c.{first // ROWS_PER_SHARD}.0"
     if shard.exists():
         sync(shard)
-
-
-def write_file(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a file whole or not at all: beside it first, to the disk, then in its place."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    beside.unlink(missing_ok=True)
-    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Have the system bring a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def commit(store: Path, attributes: dict[str, Any]) -> None:

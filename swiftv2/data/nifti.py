@@ -1,6 +1,5 @@
 """Reading NIfTI as it lies on disk: stored numbers and their scale, where the voxels are, how long a volume took."""
 
-import hashlib
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -232,9 +231,3 @@ def read_mask(path: Path, header: Header, placement: Placement) -> npt.NDArray[n
     with _refusing("the brain mask"):
         volume = np.asarray(image.dataobj).reshape(header.shape)
     return np.asarray((volume.ravel(order="F") > 0)[placement.flat] & placement.inside, dtype=np.bool_)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

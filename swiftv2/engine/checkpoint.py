@@ -10,10 +10,10 @@ from typing import Any
 
 from swiftv2.engine.backend import Backend
 from swiftv2.engine.collective import on_first
-from swiftv2.engine.files import read_json, sync, write_atomically
 from swiftv2.engine.launch import World
 from swiftv2.engine.manifest import check_hashes, check_sizes, write_manifest
 from swiftv2.errors import SwiftError
+from swiftv2.files import read_json, sync, write_file
 
 TRAINER = "trainer.json"
 
@@ -105,7 +105,7 @@ def save_checkpoint(run_dir: Path, backend: Backend, state: TrainerState, world:
     on_first(lambda: _clear(partial), world)
     backend.save(partial)
     text = json.dumps(dataclasses.asdict(state), indent=1) + "\n"
-    on_first(lambda: write_atomically(partial / TRAINER, text), world)
+    on_first(lambda: write_file(partial / TRAINER, text), world)
     write_manifest(partial, world)
     on_first(lambda: _commit(partial, final), world)
     return final

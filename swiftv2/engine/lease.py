@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from swiftv2.engine.files import read_json
 from swiftv2.errors import SwiftError
+from swiftv2.files import read_json
 
 HEARTBEAT_SECONDS = 15.0
 STALE_SECONDS = 120.0

@@ -1,14 +1,13 @@
 """The list of a checkpoint's files with sizes and hashes, written last: a folder without a whole one does not count."""
 
-import hashlib
 import json
 import re
 from pathlib import Path
 
 from swiftv2.engine.collective import gather, on_all, on_first
-from swiftv2.engine.files import read_json, sync, write_atomically
 from swiftv2.engine.launch import World
 from swiftv2.errors import SwiftError
+from swiftv2.files import read_json, sha256, sync, write_file
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -33,7 +32,7 @@ def write_manifest(folder: Path, world: World) -> None:
     def write() -> None:
         for below in sorted({(folder / name).parent for name in files}):
             sync(below)
-        write_atomically(folder / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True) + "\n")
+        write_file(folder / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True) + "\n")
 
     on_first(write, world)
 
@@ -79,12 +78,6 @@ def check_hashes(folder: Path, world: World | None = None) -> str | None:
         if problem:
             break
     return problem if world is None else next((p for p in gather(problem, world) if p), None)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _files(folder: Path) -> list[str]:

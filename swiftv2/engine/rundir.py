@@ -19,10 +19,10 @@ import yaml
 
 import swiftv2
 from swiftv2.engine.collective import on_first
-from swiftv2.engine.files import write_atomically
 from swiftv2.engine.launch import World
 from swiftv2.engine.lease import Lease, last_attempt
 from swiftv2.errors import SwiftError, UsageError
+from swiftv2.files import write_file
 
 CHANGEABLE = (
     "run.dir",
@@ -88,9 +88,9 @@ class RunDirectory:
             lease = Lease.acquire(path, attempt)
             try:
                 changes = _compare(path / "config.yaml", config_text, changeable)
-                write_atomically(path / "config.yaml", config_text)
-                write_atomically(path / "environment.json", json.dumps(_environment(world), indent=1) + "\n")
-                write_atomically(path / "resume.sh", _resume_script(world), mode=0o755)
+                write_file(path / "config.yaml", config_text)
+                write_file(path / "environment.json", json.dumps(_environment(world), indent=1) + "\n")
+                write_file(path / "resume.sh", _resume_script(world), mode=0o755)
                 for name in ("metrics.jsonl", "events.jsonl"):
                     _cut_torn_line(path / name)
                 run = cls(path, attempt, world, lease)
@@ -117,7 +117,7 @@ class RunDirectory:
     def document(self, name: str, values: Mapping[str, Any]) -> None:
         """Write a JSON file of the run directory, whole (rank 0)."""
         if self._writes:
-            write_atomically(self.path / name, json.dumps(values, indent=1) + "\n")
+            write_file(self.path / name, json.dumps(values, indent=1) + "\n")
 
     def close(self) -> None:
         """Give the lease back."""

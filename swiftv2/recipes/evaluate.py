@@ -14,8 +14,8 @@ from swiftv2.data.clips import ClipIndex
 from swiftv2.data.masks import brain_ratio
 from swiftv2.data.store import Store
 from swiftv2.engine.collective import on_first
-from swiftv2.engine.files import write_atomically
 from swiftv2.engine.launch import World
+from swiftv2.files import write_file
 from swiftv2.recipes.baselines import METHODS, MODEL, CohortScore, FluctuationScore, time_interpolation, visible_mean
 from swiftv2.recipes.objective import Objective
 
@@ -55,7 +55,7 @@ class HeldOut:
         # JSON knows no NaN: null stands for what a diverged model scores.
         content = json.loads(json.dumps(content | {"groups": groups}), parse_constant=lambda _: None)
         text = json.dumps(content, indent=1) + "\n"
-        on_first(lambda: write_atomically(self.run_dir / REPORT, text), self.world)
+        on_first(lambda: write_file(self.run_dir / REPORT, text), self.world)
         return {"heldout/loss": loss, **{k: v for name, score in report.items() for k, v in _flat(name, score).items()}}
 
     @torch.no_grad()

@@ -15,8 +15,8 @@ from swiftv2.data.splits import Splits
 from swiftv2.data.store import Store
 from swiftv2.engine.backend import WEIGHTS
 from swiftv2.engine.checkpoint import latest, list_checkpoints, verify_checkpoint
-from swiftv2.engine.files import read_json, write_atomically
 from swiftv2.errors import SwiftError
+from swiftv2.files import read_json, write_file
 
 CONTRACT = "contract.json"
 PREFIX = "simmim."
@@ -45,7 +45,7 @@ def write_contract(run_dir: Path, config: PretrainConfig, store: Store, splits: 
         "store": {"version": store.version, "fingerprint": store.fingerprint, "generated": store.generated},
         "subjects": _hashes(store, splits),
     }
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    write_file(path, json.dumps(content, indent=1) + "\n")
 
 
 def input_contract(config: PretrainConfig, store: Store, clips: ClipIndex) -> weights.InputContract:

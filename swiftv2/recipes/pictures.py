@@ -1,7 +1,7 @@
 """Reconstruction of one held-out clip, as arrays that the report draws: slices in three planes and time courses."""
 
 import dataclasses
-import os
+import io
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from swiftv2.data.batches import Batch, evaluation_batches
 from swiftv2.data.clips import ClipIndex
 from swiftv2.data.normalise import scaling
 from swiftv2.data.store import Store
+from swiftv2.files import write_file
 from swiftv2.recipes.baselines import time_interpolation
 from swiftv2.recipes.objective import Objective
 
@@ -81,10 +82,9 @@ def save_reconstruction(
         "course_mm": store.grid.world(np.asarray(store.voxels)[chosen]),
     }
     path = folder / FILE
-    temporary = folder / f".{FILE}.{os.getpid()}"
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # keywords are arrays, allow_pickle is not given
-    temporary.replace(path)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # keywords are arrays, allow_pickle is not given
+    write_file(path, buffer.getvalue())
     return path
 
 
