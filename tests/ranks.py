@@ -54,7 +54,14 @@ def swiftv2_run(
 def started(words: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
     """A process in a session of its own; what is left of it at the end is killed."""
     process = subprocess.Popen(
-        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        words,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # A shell's background job, such as a test run may be, ignores SIGINT, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (no thread takes a lock here)
     )
     try:
         yield process
