@@ -14,9 +14,6 @@ class Communicator(Protocol):
     def size(self) -> int:
         """How many processes there are."""
 
-    def barrier(self) -> None:
-        """Wait for all."""
-
     def gather(self, value: Any) -> list[Any] | None:
         """All values, by rank, on rank 0; None elsewhere."""
 
@@ -29,9 +26,6 @@ class Alone:
 
     rank = 0
     size = 1
-
-    def barrier(self) -> None:
-        """Return at once."""
 
     def gather(self, value: Any) -> list[Any]:
         """The one value."""
@@ -51,10 +45,6 @@ class MPICommunicator:
         self._world = MPI.COMM_WORLD
         self.rank: int = self._world.Get_rank()
         self.size: int = self._world.Get_size()
-
-    def barrier(self) -> None:
-        """Wait for all."""
-        self._world.Barrier()
 
     def gather(self, value: Any) -> list[Any] | None:
         """All values, by rank, on rank 0; None elsewhere."""

@@ -29,7 +29,7 @@ from swiftv2.config.model import OptimizerConfig
 from swiftv2.engine.backend import MOMENTS, Backend, Kind
 from swiftv2.engine.collective import on_all
 from swiftv2.engine.launch import World
-from swiftv2.engine.optimizer import adamw
+from swiftv2.engine.optimizer import adamw, set_learning_rate
 from swiftv2.errors import SwiftError
 
 NATIVE = "deepspeed"
@@ -131,8 +131,7 @@ class ZeroBackend(Backend):
         return loss
 
     def _step(self, lr: float) -> tuple[float, bool]:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.engine.optimizer, lr)
         if _unwrapped(self.config):
             return self._step_unwrapped()
         self.engine.step()
