@@ -23,6 +23,7 @@ import yaml
 from ranks import environment, swiftv2_run
 
 from swiftv2 import cli
+from swiftv2.commands.ranks import LAUNCHER_VARIABLES
 from swiftv2.config.load import load, load_model, presets_root
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.data.store import Store
@@ -43,7 +44,7 @@ PRETRAININGS = sorted((presets_root() / "pretrain").glob("*.yaml"))
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in cli.LAUNCHER_VARIABLES:
+    for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 

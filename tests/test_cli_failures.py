@@ -21,6 +21,7 @@ from ranks import command, environment, started
 from safetensors.torch import load_file
 
 from swiftv2 import cli
+from swiftv2.commands.ranks import LAUNCHER_VARIABLES
 from swiftv2.engine.rundir import read_lines, read_metrics
 
 pytestmark = pytest.mark.slow
@@ -47,7 +48,7 @@ train: {max_steps: 6, global_batch: 2, save_every: 2, keep_last: 9, evaluate_eve
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*cli.LAUNCHER_VARIABLES, "LOCAL_RANK"):
+    for name in (*LAUNCHER_VARIABLES, "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -23,6 +23,7 @@ from swiftv2.engine.checkpoint import list_checkpoints
 from swiftv2.engine.collective import on_first
 from swiftv2.engine.launch import World
 from swiftv2.engine.loop import FitResult, fit
+from swiftv2.engine.place import find_place
 from swiftv2.engine.rundir import RunDirectory
 from swiftv2.errors import SwiftError, UsageError
 from swiftv2.models import decay_names
@@ -99,7 +100,7 @@ def pretrain(config: PretrainConfig) -> FitResult:
     """
     data = open_data(config)
     start_from = _load_start(config, data) if config.run.init_from else None
-    place = launch.find_place(os.environ)
+    place = find_place(os.environ)
     micro_batch, accumulation = split_batch(config.train.global_batch, place.size, config.train.micro_batch)
     world = launch.start(config.engine)
     try:

@@ -9,8 +9,9 @@ from torch import nn
 from swiftv2.config.engine import EngineConfig
 from swiftv2.config.model import OptimizerConfig
 from swiftv2.engine.backend import build_backend
-from swiftv2.engine.launch import Place, find_place, first_host, start, stop
+from swiftv2.engine.launch import start, stop
 from swiftv2.engine.optimizer import adamw, set_learning_rate
+from swiftv2.engine.place import Place, find_place, first_host
 from swiftv2.errors import SwiftError
 
 TORCHRUN = {

@@ -1,0 +1,1 @@
+"""What the command line calls: each module adds its commands and prints what they answer."""
