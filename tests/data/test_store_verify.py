@@ -10,8 +10,9 @@ from store_files import GRID, bold_values, contents, save_run
 
 from swiftv2.data import layout
 from swiftv2.data.build import build
+from swiftv2.data.contents import info
 from swiftv2.data.store import Store
-from swiftv2.data.verify import info, verify
+from swiftv2.data.verify import verify
 from swiftv2.errors import SwiftError
 
 FRAMES = 24
@@ -39,10 +40,10 @@ def damage(path: Path, at: float) -> None:
 
 def test_a_sound_store_is_sound(store: Path) -> None:
     before = contents(store)
-    seen: list[tuple[int, int]] = []
-    report = verify(store, progress=lambda done, total: seen.append((done, total)))
+    seen: list[tuple[int, int, int, int]] = []
+    report = verify(store, progress=lambda *state: seen.append(state))
     assert report.ok
-    assert (report.runs, seen[-1]) == (3, (3, 3))
+    assert (report.runs, seen[-1]) == (3, (3, 3, report.bytes, report.bytes))
     assert report.bytes == sum(run.bytes for run in Store.open(store).runs)
     assert contents(store) == before
 
