@@ -25,6 +25,8 @@ setup(
         "torch>=2.6",
         "deepspeed>=0.16",
         "zarr>=3.1",
+        "numcodecs>=0.16",
+        "crc32c>=2.7",
         "numpy>=2.0",
         "scipy>=1.12",
         "nibabel>=5.3",

@@ -361,8 +361,12 @@ def _finish(store: Path, plan: Plan, runs: tuple[Run, ...], refused: tuple[Refus
         "writer": f"swiftv2 {__version__}",
         "grid": plan.grid.to_json(),
         "runs": len(runs),
+        "index": layout.RUNS_FILE,
         "runs_sha256": hashlib.sha256(index).hexdigest(),
     }
+    attributes["history"] = [
+        {name: attributes[name] for name in ("version", "runs", "runs_sha256", "writer")} | {"change": "build"}
+    ]
     layout.commit(store, attributes)
     return _report(store, runs, tuple((one.key, one.reason) for one in refused))
 

@@ -1,5 +1,6 @@
 """Format 1 of the store on disk: its arrays, shards, codecs and small files (docs/store.md says the same in words)."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -184,9 +185,8 @@ def read_attributes(store: Path) -> dict[str, Any]:
             raise SwiftError(f"store {store} is unfinished: run the same `swiftv2 store build` again and it goes on")
         raise SwiftError(f"{store} is no store: build one with `swiftv2 store build`")
     try:
-        group = zarr.open_group(LocalStore(store, read_only=True), mode="r")
-        attributes = group.attrs.asdict().get("swiftv2")
-    except (OSError, ValueError, KeyError) as error:
+        attributes = json.loads((store / "zarr.json").read_bytes())["attributes"].get("swiftv2")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SwiftError(f"store {store} has damaged metadata (zarr.json): restore it from a copy") from error
     if not isinstance(attributes, dict) or "format" not in attributes:
         raise SwiftError(f"{store} is a Zarr group but no swiftv2 store: build one with `swiftv2 store build`")

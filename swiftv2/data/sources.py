@@ -41,8 +41,8 @@ class RunInfo(Protocol):
         ...
 
     @property
-    def withdrawn(self) -> bool:
-        """Whether consent was withdrawn, so that only a tombstone is left."""
+    def withdrawn(self) -> int:
+        """Version of the store in which consent was withdrawn, so that only a tombstone is left; 0 while it holds."""
         ...
 
 

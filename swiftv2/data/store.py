@@ -4,21 +4,21 @@ import hashlib
 import json
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import zarr
-from zarr.storage import LocalStore
 
 from swiftv2.data import layout
 from swiftv2.data.grid import Grid
 from swiftv2.data.keys import subject_key
+from swiftv2.data.shards import ChunkError, OpenShards, ShardedArray
 from swiftv2.errors import SwiftError
 
-_READ_FAILURES = (ValueError, RuntimeError, OSError, KeyError, TypeError, IndexError)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,10 @@ class Run:
         bytes: on disk, of the bold shards.
         steady_from: first volume after the leading non-steady ones, where confounds tell of any; statistics and clips
             begin there.
-        withdrawn: whether consent was withdrawn: the row is kept, its data are not.
+        cleaning: settings of the cleaning that the build did; empty where it did none.
+        since: version of the store in which the run came.
+        withdrawn: version of the store in which consent was withdrawn, 0 while it holds: the row is kept, its data are
+            not, and what was computed from them is zero or empty.
     """
 
     key: str
@@ -78,7 +81,18 @@ class Run:
     source_sha256: str
     bytes: int
     steady_from: int = 0
-    withdrawn: bool = False
+    cleaning: dict[str, Any] = field(default_factory=dict)
+    since: int = 1
+    withdrawn: int = 0
+
+    @property
+    def present(self) -> bool:
+        """Whether the run's data are there."""
+        return not self.withdrawn
+
+    def in_version(self, version: int) -> bool:
+        """Whether a version of the store had this run and its data."""
+        return self.since <= version and not 0 < self.withdrawn <= version
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as runs.jsonl holds them."""
@@ -87,7 +101,7 @@ class Run:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
         """The inverse of `to_json`."""
-        known = {field.name: value[field.name] for field in fields(cls) if field.name in value}
+        known = {one.name: value[one.name] for one in fields(cls) if one.name in value}
         known["statistics"] = tuple(float(x) for x in known["statistics"])
         known["source_shape"] = tuple(int(n) for n in known["source_shape"])
         known["source_affine"] = tuple(tuple(float(x) for x in row) for row in known["source_affine"])
@@ -108,7 +122,7 @@ class Store:
         attributes: all attributes of the store.
     """
 
-    def __init__(self, path: Path, attributes: dict[str, Any], runs: tuple[Run, ...], arrays: dict[str, Any]) -> None:
+    def __init__(self, path: Path, attributes: dict[str, Any], runs: tuple[Run, ...], arrays: dict[str, ShardedArray]) -> None:
         """Use `Store.open`."""
         self.path = path
         self.attributes = attributes
@@ -119,26 +133,25 @@ class Store:
         self.generated = bool(attributes["generated"])
         self._arrays = arrays
         self._pid = os.getpid()
-        self.voxels: npt.NDArray[np.int64] = self._read("voxels", slice(None), "its voxels").astype(np.int64)
+        voxels = self._checked("its voxels", lambda: arrays["voxels"].read_row(0))
+        self.voxels: npt.NDArray[np.int64] = voxels.astype(np.int64)
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Open a store, wherever it lies.
+        """Open the newest version of a store, wherever it lies.
 
         Raises:
             SwiftError: no store, an unfinished one, another format, or a damaged index.
         """
         folder = Path(path)
-        attributes = layout.read_attributes(folder)
-        runs = _read_runs(folder, str(attributes["runs_sha256"]))
+        attributes, runs = _read_index(folder)
         names = ["voxels", *(small.name for small in layout.SMALL_ARRAYS)]
-        names += [f"bold/{dtype}" for dtype in sorted({run.dtype for run in runs})]
-        arrays = {}
-        for name in names:
-            try:
-                arrays[name] = zarr.open_array(LocalStore(folder / name, read_only=True), mode="r")
-            except _READ_FAILURES as error:
-                raise SwiftError(f"store {folder}: array {name} is missing or damaged: restore it from a copy") from error
+        names += [f"bold/{dtype}" for dtype in sorted({run.dtype for run in runs if run.present})]
+        files = OpenShards()
+        try:
+            arrays = {name: ShardedArray(folder / name, files) for name in names}
+        except SwiftError as error:
+            raise SwiftError(f"store {folder}: {error}") from error
         return cls(folder, attributes, runs, arrays)
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
@@ -157,11 +170,20 @@ class Store:
         """Names of the cohorts, sorted."""
         return tuple(sorted({run.cohort for run in self.runs}))
 
-    def read_bold(self, run_index: int, start: int, frames: int, stride: int = 1) -> npt.NDArray[Any]:
+    def read_bold(
+        self, run_index: int, start: int, frames: int, stride: int = 1, *, out: npt.NDArray[Any] | None = None
+    ) -> npt.NDArray[Any]:
         """Frames start, start + stride, ... of a run as stored numbers, (frames, V), in the run's number type.
 
+        Args:
+            run_index: place of the run in `runs`.
+            start: first frame.
+            frames: how many.
+            stride: every how many frames of the run one is taken.
+            out: C-contiguous (frames, V) of the run's number type that takes the frames; a new array when None.
+
         Raises:
-            SwiftError: beyond the run's end, a withdrawn run, or bytes that fail their checksum.
+            SwiftError: beyond the run's end, a withdrawn run, or bytes that fail their checksum; names run and frames.
         """
         run = self.runs[run_index]
         stop = start + (frames - 1) * stride + 1
@@ -170,11 +192,16 @@ class Store:
             raise SwiftError(f"store {self.path}: {what} asked for, but the run has {run.frames}: rebuild the clip index")
         if run.withdrawn:
             raise SwiftError(f"store {self.path}: run {run.key} was withdrawn: exclude it")
-        bold = self._read(f"bold/{run.dtype}", (run.row, slice(start, stop, stride)), what)
-        # Zarr reads an absent file as zeros, so frames without any number raise the question whether it is there.
-        if not bold.any(axis=1).all() and not self._has_shards(run, start, stop):
-            raise SwiftError(f"store {self.path}: {what}: the shard file is missing; restore it or build the store again")
-        return bold
+        array = self._arrays[f"bold/{run.dtype}"]
+        # Few calls to the file system: a run of one shard tells its size by the index.
+        size = run.bytes if run.frames <= array.shard_length else None
+        direct = out if out is not None and stride == 1 else None
+        whole = np.empty((stop - start, len(self.voxels)), dtype=run.dtype) if direct is None else direct
+        self._checked(what, lambda: array.read_frames(run.row, start, stop, whole, size))
+        if out is None or stride == 1:
+            return whole[::stride]
+        out[...] = whole[::stride]
+        return out
 
     def brain(self, run_index: int) -> npt.NDArray[np.bool_]:
         """The run's brain among the kept voxels, (V,) bool."""
@@ -235,29 +262,35 @@ class Store:
 
     def _row(self, name: str, run_index: int) -> npt.NDArray[Any]:
         run = self.runs[run_index]
-        return self._read(name, run.row, f"run {run.key}, {name}")
+        return self._checked(f"run {run.key}, {name}", lambda: self._arrays[name].read_row(run.row))
 
-    def _has_shards(self, run: Run, start: int, stop: int) -> bool:
-        length = int(self._arrays[f"bold/{run.dtype}"].shards[1])
-        folder = self.path / "bold" / run.dtype
-        wanted = range(start // length, (stop - 1) // length + 1)
-        return all((folder / f"c.{run.row}.{shard}.0").is_file() for shard in wanted)
-
-    def _read(self, name: str, selection: Any, what: str) -> npt.NDArray[Any]:
+    def _checked(self, what: str, read: Callable[[], Result]) -> Result:
         if os.getpid() != self._pid:
             raise SwiftError(f"store {self.path} was opened before a fork: open it in the child, or spawn workers")
         try:
-            return np.asarray(self._arrays[name][selection])
-        except _READ_FAILURES as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return read()
+        except ChunkError as error:
+            where = f", in frames {error.first} to {error.stop - 1}" if "frames" in what and error.stop else ""
             raise SwiftError(
-                f"store {self.path}: {what} cannot be read ({reason}): restore the file from a copy or build again; "
+                f"store {self.path}: {what} cannot be read ({error}{where}): restore the file from a copy or build again; "
                 "`swiftv2 store verify` lists all that is damaged"
             ) from error
 
 
-def _read_runs(folder: Path, expected: str) -> tuple[Run, ...]:
-    path = folder / layout.RUNS_FILE
+def _read_index(folder: Path) -> tuple[dict[str, Any], tuple[Run, ...]]:
+    """Attributes and runs of the newest version; read again where the store got another version in between."""
+    attributes = layout.read_attributes(folder)
+    while True:
+        try:
+            return attributes, _read_runs(folder / attributes["index"], str(attributes["runs_sha256"]))
+        except SwiftError:
+            again = layout.read_attributes(folder)
+            if again["version"] == attributes["version"]:
+                raise
+            attributes = again
+
+
+def _read_runs(path: Path, expected: str) -> tuple[Run, ...]:
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -41,7 +41,7 @@ class MemoryRun:
     dtype: str
     statistics: tuple[float, ...]
     steady_from: int = 0
-    withdrawn: bool = False
+    withdrawn: int = 0
 
 
 @dataclass(frozen=True)

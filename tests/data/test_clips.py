@@ -18,7 +18,7 @@ class BareRun:
     subject: str = "s0"
     cohort: str = "A"
     steady_from: int = 0
-    withdrawn: bool = False
+    withdrawn: int = 0
 
 
 @settings(deadline=None)
@@ -102,5 +102,5 @@ def test_leading_non_steady_volumes_are_in_no_clip() -> None:
 
 
 def test_withdrawn_runs_are_never_selected() -> None:
-    runs = [BareRun("r0", 20), BareRun("r1", 20, withdrawn=True)]
+    runs = [BareRun("r0", 20), BareRun("r1", 20, withdrawn=2)]
     assert select_runs(runs, {"s0"}).tolist() == [0]
