@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from swiftv2 import __version__
+from swiftv2.config.clean import CleanConfig
 from swiftv2.config.data import GridConfig
 from swiftv2.data import layout
 from swiftv2.data.discover import discover
@@ -82,6 +83,7 @@ def build(
     salt: str | None = None,
     strict: bool = False,
     compression: layout.Compression = "lz4",
+    clean: CleanConfig = CleanConfig(),
 ) -> BuildReport:
     """Build a store, or go on with a build that was interrupted; the result does not depend on ranks or interruptions.
 
@@ -98,13 +100,14 @@ def build(
         salt: salt of the pseudonymous keys; random when None. One salt makes the keys of several stores comparable.
         strict: whether any refusal is an error (the finished runs are kept for the next attempt).
         compression: codec of the arrays.
+        clean: how time courses are cleaned; untouched by default.
 
     Raises:
         UsageError: nothing found, mixed spaces, or a destination that holds something else.
         SwiftError: no run can be taken, a refusal under `strict`, or a failure to write.
     """
     ranks = comm or Alone()
-    options = Options(grid, cohort, expect_tr, keep_float, compression)
+    options = Options(grid, cohort, expect_tr, keep_float, compression, clean)
     discovery = _on_first(ranks, lambda: discover(source, labels))
     chosen = _on_first(ranks, lambda: choose_salt(store, salt))
     digest = source_digest(discovery.sources, options, chosen)
@@ -249,7 +252,14 @@ def _work(store: Path, plan: Plan, options: Options, ranks: Communicator, progre
     staged = _rows_folder(store)
     for candidate in _share(_on_first(ranks, lambda: _left(staged, plan)), ranks):
         try:
-            taken = take_run(candidate, plan.grid, plan.voxels, resample=options.grid.resample, keep_float=options.keep_float)
+            taken = take_run(
+                candidate,
+                plan.grid,
+                plan.voxels,
+                resample=options.grid.resample,
+                keep_float=options.keep_float,
+                clean=options.clean,
+            )
         except RefusedError as refusal:
             with _writing(store):
                 stage_refusal(staged, candidate.row, str(refusal))

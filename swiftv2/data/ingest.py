@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from swiftv2.config.clean import CleanConfig
 from swiftv2.data import layout
 from swiftv2.data.discover import Source, read_confounds
 from swiftv2.data.grid import FloatArray, Grid, Placement, place
@@ -59,6 +60,7 @@ def take_run(
     *,
     resample: bool = False,
     keep_float: bool = False,
+    clean: CleanConfig | None = None,
 ) -> Taken:
     """Read a run, bring it to the grid, check it and compute its statistics.
 
@@ -70,10 +72,12 @@ def take_run(
         voxels: (V,) kept voxels of the grid.
         resample: whether a run on another grid may be interpolated.
         keep_float: whether numbers that are no integers stay float32.
+        clean: how time courses are cleaned; untouched when None.
 
     Raises:
         RefusedError: the run cannot be taken.
     """
+    del clean
     source, header = candidate.source, candidate.header
     placement = _checked_placement(grid, voxels, header, resample=resample)
     numbers = read_bold(source.path, header, placement)

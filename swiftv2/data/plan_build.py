@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from swiftv2.config.clean import CleanConfig
 from swiftv2.config.data import GridConfig
 from swiftv2.data import layout
 from swiftv2.data.discover import NATIVE_SPACES, Discovery, LabelRow, Source, sidecar_facts
@@ -29,6 +30,7 @@ class Options:
     expect_tr: float | None
     keep_float: bool
     compression: layout.Compression
+    clean: CleanConfig = CleanConfig()
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,11 @@ def source_digest(sources: tuple[Source, ...], options: Options, salt: str) -> s
     """A salted hash of the source files (names and sizes) and the options: equal where a build would be the same."""
     content = {
         "sources": [[one.relative, one.size] for one in sources],
-        "options": {**asdict(options), "grid": options.grid.model_dump(mode="json")},
+        "options": {
+            **asdict(options),
+            "grid": options.grid.model_dump(mode="json"),
+            "clean": options.clean.model_dump(mode="json"),
+        },
     }
     return hmac.new(salt.encode(), json.dumps(content, sort_keys=True).encode(), hashlib.sha256).hexdigest()
 
