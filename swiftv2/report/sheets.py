@@ -1,0 +1,223 @@
+"""Quality sheets to leaf through: what cohorts and runs look like, drawn from arrays into one PDF."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import IO, Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_pdf import PdfPages
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating[Any]]
+
+PLANES = ("sagittal", "coronal", "axial")
+SIDES = {"sagittal": ("P", "A"), "coronal": ("L", "R"), "axial": ("L", "R")}
+"""What lies at the left and at the right edge of a picture."""
+CONVENTION = "neurological: the subject's left is on the left"
+SPIKE_MM = 0.5
+"""Framewise displacement that counts as a spike."""
+_PAGE_INCHES = (11.7, 8.3)
+_LISTED = 24
+_STYLE: Any = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
+_INK, _ALARM = "#4c72b0", "#c1440e"
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Three planes of a map.
+
+    Attributes:
+        pictures: by plane, (columns, rows); columns run to the right (sagittal: forward), rows upward (axial: forward);
+            NaN where nothing is known.
+        places: by plane, where it cuts, in mm of its axis.
+    """
+
+    pictures: Mapping[str, Floats]
+    places: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class CohortSheet:
+    """Two pages of a cohort.
+
+    Attributes:
+        title: name of the cohort.
+        facts: (what, value) lines.
+        mean: group mean image, in shares of each run's mean; None where it may not be drawn or is not defined.
+        tsnr: group temporal SNR; None likewise.
+        remark: why a map is missing, or what else is to be known.
+        measures: by name with unit, one number a run; NaN where not known.
+        outliers: lines that name runs.
+    """
+
+    title: str
+    facts: tuple[tuple[str, str], ...]
+    mean: Slices | None
+    tsnr: Slices | None
+    remark: str
+    measures: Mapping[str, Floats]
+    outliers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RunSheet:
+    """One page of a run.
+
+    Attributes:
+        title: pseudonymous key.
+        facts: (what, value) lines.
+        mean: voxel means in source units.
+        tsnr: voxel means over voxel standard deviations; None for data whose means were removed.
+        displacement: (frames,) framewise displacement in mm, NaN where not known; None without confounds.
+        censored: (frames,) bool; None without confounds.
+        global_signal: (frames,) mean over the brain, source units.
+        histogram: counts (bins,) of the brain's values in some frames.
+        edges: (bins + 1,) source units.
+        seconds: (frames,) times of the frames.
+    """
+
+    title: str
+    facts: tuple[tuple[str, str], ...]
+    mean: Slices
+    tsnr: Slices | None
+    displacement: Floats | None
+    censored: NDArray[np.bool_] | None
+    global_signal: Floats
+    histogram: NDArray[np.int64]
+    edges: Floats
+    seconds: Floats
+
+
+def draw(stream: IO[bytes], sheets: Iterable[CohortSheet | RunSheet]) -> int:
+    """Draw the sheets into a PDF, one after another, so that no two are held at a time; returns the number of pages."""
+    pages = 0
+    # Without a date the same store gives the same bytes.
+    with mpl.rc_context(_STYLE), PdfPages(stream, metadata={"Title": "swiftv2 quality sheets", "CreationDate": None}) as pdf:
+        for sheet in sheets:
+            for figure in _cohort_figures(sheet) if isinstance(sheet, CohortSheet) else [_run_figure(sheet)]:
+                pdf.savefig(figure)
+                pages += 1
+    return pages
+
+
+def _cohort_figures(sheet: CohortSheet) -> list[Any]:
+    return [_cohort_maps(sheet), _cohort_distributions(sheet)]
+
+
+def _cohort_maps(sheet: CohortSheet) -> Any:
+    figure: Any = Figure(figsize=_PAGE_INCHES, layout="constrained")
+    figure.suptitle(f"cohort {sheet.title}", fontsize=12)
+    left, right = figure.subfigures(1, 2, width_ratios=(2.6, 1.0))
+    rows = left.subfigures(2, 1)
+    _draw_slices(rows[0], sheet.mean, "group mean image (share of each run's mean)", "gray", sheet.remark)
+    _draw_slices(rows[1], sheet.tsnr, "group temporal SNR (voxel mean / voxel deviation)", "viridis", sheet.remark)
+    _draw_facts(right, [*sheet.facts, ("pictures", CONVENTION), *([("note", sheet.remark)] if sheet.remark else [])])
+    return figure
+
+
+def _cohort_distributions(sheet: CohortSheet) -> Any:
+    figure: Any = Figure(figsize=_PAGE_INCHES, layout="constrained")
+    figure.suptitle(f"cohort {sheet.title}: one number a run", fontsize=12)
+    columns = 4
+    rows = math.ceil((len(sheet.measures) + 1) / columns)
+    axes = np.atleast_2d(figure.subplots(rows, columns)).ravel()
+    for axis, (name, values) in zip(axes, sheet.measures.items(), strict=False):
+        known = values[np.isfinite(values)]
+        axis.set_xlabel(name)
+        if len(known):
+            axis.hist(known, bins=min(40, max(5, len(known) // 4)), color=_INK)
+            axis.axvline(float(np.median(known)), color="black", lw=0.8)
+            axis.set_title(f"{len(known)} runs, median {np.median(known):.4g}", fontsize=7)
+        else:
+            axis.text(0.5, 0.5, "not known", ha="center", transform=axis.transAxes)
+    for axis in axes[len(sheet.measures) :]:
+        axis.set_axis_off()
+    axes[0].set_ylabel("runs")
+    shown = list(sheet.outliers[:_LISTED])
+    shown += [f"and {len(sheet.outliers) - _LISTED} more: see the table"] if len(sheet.outliers) > _LISTED else []
+    text = "\n".join(["outliers (robust z beyond 4):", *(shown or ["none"])])
+    axes[len(sheet.measures)].text(0.0, 1.0, text, va="top", fontsize=6, family="monospace")
+    return figure
+
+
+def _run_figure(sheet: RunSheet) -> Any:
+    figure: Any = Figure(figsize=_PAGE_INCHES, layout="constrained")
+    figure.suptitle(f"run {sheet.title}", fontsize=12)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.25, 1.0))
+    maps = top.subfigures(1, 2)
+    _draw_slices(maps[0], sheet.mean, "mean image (source units)", "gray", "")
+    _draw_slices(maps[1], sheet.tsnr, "temporal SNR", "viridis", "not defined: the voxels' means were removed")
+    courses, side = bottom.subfigures(1, 2, width_ratios=(1.7, 1.0))
+    motion, whole = courses.subplots(2, 1, sharex=True)
+    _draw_motion(motion, sheet)
+    whole.plot(sheet.seconds, sheet.global_signal, color=_INK, lw=0.7)
+    whole.set(xlabel="time (s)", ylabel="global signal\n(source units)")
+    words, counts = side.subfigures(1, 2, width_ratios=(1.2, 1.0))
+    _draw_facts(words, [*sheet.facts, ("pictures", CONVENTION)])
+    axis = counts.subplots()
+    axis.stairs(sheet.histogram, sheet.edges, fill=True, color=_INK)
+    axis.set(xlabel="brain values (source units)", yticks=[])
+    return figure
+
+
+def _draw_motion(axis: Any, sheet: RunSheet) -> None:
+    axis.set_ylabel("framewise\ndisplacement (mm)")
+    if sheet.displacement is None or not np.isfinite(sheet.displacement).any():
+        axis.text(0.5, 0.5, "not known: no confounds", ha="center", transform=axis.transAxes)
+        return
+    axis.plot(sheet.seconds, sheet.displacement, color=_INK, lw=0.7)
+    spikes = np.nan_to_num(sheet.displacement) > SPIKE_MM
+    axis.plot(sheet.seconds[spikes], sheet.displacement[spikes], "v", ms=4, color=_ALARM)
+    axis.axhline(SPIKE_MM, color=_ALARM, lw=0.6, ls="--")
+    title = f"{int(spikes.sum())} spikes above {SPIKE_MM:g} mm"
+    if sheet.censored is not None:
+        axis.plot(sheet.seconds[sheet.censored], np.zeros(int(sheet.censored.sum())), "|", color="black", ms=6)
+        title += f"; {int(sheet.censored.sum())} frames censored (ticks)"
+    axis.set_title(title, fontsize=7, loc="left")
+
+
+def _draw_slices(figure: Any, slices: Slices | None, title: str, colours: str, why_not: str) -> None:
+    figure.suptitle(title, fontsize=9)
+    axes = figure.subplots(1, 3)
+    for axis in axes:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    if slices is None:
+        axes[1].text(0.5, 0.5, why_not, ha="center", transform=axes[1].transAxes, wrap=True)
+        return
+    values = np.concatenate([slices.pictures[plane].ravel() for plane in PLANES])
+    values = values[np.isfinite(values)]
+    low, high = (float(q) for q in np.quantile(values, (0.01, 0.99))) if len(values) else (0.0, 1.0)
+    image = None
+    for axis, plane in zip(axes, PLANES, strict=True):
+        picture = np.ma.masked_invalid(slices.pictures[plane])
+        image = axis.imshow(picture.T, origin="lower", cmap=colours, vmin=min(low, 0.0), vmax=high, interpolation="nearest")
+        letter = "xyz"[PLANES.index(plane)]
+        axis.set_title(f"{plane}, {letter} = {slices.places[plane]:.0f} mm", fontsize=7)
+        for side, place in zip(SIDES[plane], (0.02, 0.98), strict=True):
+            align = "left" if place < 0.5 else "right"
+            axis.text(place, 0.02, side, transform=axis.transAxes, fontsize=9, weight="bold", ha=align, color=_ALARM)
+    figure.colorbar(image, ax=axes, location="bottom", shrink=0.5, aspect=40)
+
+
+def _draw_facts(figure: Any, facts: Iterable[tuple[str, str]]) -> None:
+    axis = figure.subplots()
+    axis.set_axis_off()
+    lines = []
+    for what, value in facts:
+        words = value if len(value) <= 30 else _wrapped(value)
+        lines.append(f"{what}: {words}")
+    axis.text(0.0, 1.0, "\n".join(lines), va="top", fontsize=7, transform=axis.transAxes)
+
+
+def _wrapped(text: str) -> str:
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + len(word) > 34:
+            lines.append("   ")
+        lines[-1] += (" " if lines[-1].strip() else "") + word
+    return "\n   ".join(line.strip() for line in lines)
