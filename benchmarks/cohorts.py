@@ -4,7 +4,8 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from swiftv2.config.synth import SynthConfig
 from swiftv2.data.build import build
 from swiftv2.data.store import Store
 from swiftv2.data.synth import generate
+from swiftv2.errors import UsageError
 from swiftv2.files import write_file
 
 HALF = 2
@@ -44,9 +46,17 @@ def cohort(folder: Path, subjects: int, frames: int, voxel_mm: float, workers: i
 
 
 def store(source: Cohort, voxel_mm: float) -> Path:
-    """Build the store of a cohort beside it with the default layout, or find it there."""
+    """Build the store of a cohort beside it with the default layout, or find it there; one of other code is replaced."""
     path = source.folder.with_suffix(".zarr")
-    build(source.folder, path, GridConfig(voxel_mm=voxel_mm), "generated", salt="0" * 32)
+    for attempt in range(2):
+        try:
+            build(source.folder, path, GridConfig(voxel_mm=voxel_mm), "generated", salt="0" * 32)
+        except UsageError:
+            if attempt:
+                raise
+            shutil.rmtree(path)
+        else:
+            break
     return path
 
 
@@ -57,7 +67,8 @@ def full_volume_bytes(opened: Store) -> int:
 
 def index_path(store_path: Path) -> Path:
     """The file that lists a store's runs."""
-    return store_path / read_json(store_path / "zarr.json")["attributes"]["swiftv2"].get("index", "runs.jsonl")
+    attributes = read_json(store_path / "zarr.json")["attributes"]["swiftv2"]
+    return store_path / str(attributes.get("index", "runs.jsonl"))
 
 
 def rewrite_index(store_path: Path, lines: list[dict[str, Any]]) -> None:
@@ -68,8 +79,8 @@ def rewrite_index(store_path: Path, lines: list[dict[str, Any]]) -> None:
     attributes = group["attributes"]["swiftv2"]
     changed = {"runs": len(lines), "runs_sha256": hashlib.sha256(data).hexdigest()}
     attributes |= changed
-    for entry in attributes.get("history", [])[-1:]:
-        entry |= changed
+    if attributes.get("history"):
+        attributes["history"][-1] |= changed
     write_file(store_path / "zarr.json", json.dumps(group).encode())
 
 

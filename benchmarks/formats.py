@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import zarr
+from cohorts import index_path, read_json, rewrite_index
 from zarr.storage import LocalStore
 
-from cohorts import index_path, read_json, rewrite_index
 from swiftv2.data.store import Run, Store
 from swiftv2.errors import SwiftError
 from swiftv2.files import write_file

@@ -2,16 +2,18 @@
 
 import argparse
 import ctypes
-import datetime
+import datetime as dt
 import json
 import mmap
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -30,11 +32,21 @@ BEGIN, END = "benchmark-begins-here", "benchmark-ends-here"
 
 def page(title: str, packages: Sequence[str], body: Iterable[str]) -> str:
     """A result page in markdown: date, hardware, commit, versions, command, then the body's lines."""
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    today = dt.datetime.now(dt.UTC).date().isoformat()
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     lines = [f"# {title}, {today}", "", f"Hardware: {hardware()}. Commit {commit()}.", ""]
     lines += [f"Python {platform.python_version()}, {versions}.", "", "```", command(), "```", "", *body]
-    return "\n".join(lines) + "\n"
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
+
+
+def prose(text: str) -> list[str]:
+    """Lines of a paragraph."""
+    return ["", *textwrap.wrap(text, 124), ""]
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a markdown table."""
+    return [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *rows)]
 
 
 def write_page(text: str, out: Path | None) -> None:

@@ -3,14 +3,14 @@
 import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 import numpy.typing as npt
-from numcodecs import blosc as coder
-
 from formats import Codec, blosc
-from timing import table
+from machine import prose, table
+from numcodecs import blosc as coder
 
 PACKAGED = (("nibabel", "tests/data/functional.nii"), ("nitime", "data/fmri1.nii.gz"), ("nitime", "data/fmri2.nii.gz"))
 _SHUFFLES = {"shuffle": coder.SHUFFLE, "bitshuffle": coder.BITSHUFFLE}
@@ -18,9 +18,11 @@ _SHUFFLES = {"shuffle": coder.SHUFFLE, "bitshuffle": coder.BITSHUFFLE}
 
 def real_table(further: Sequence[Path], chunks: Sequence[int], codecs: Sequence[Codec]) -> Iterator[str]:
     """Lines: bytes of each file's voxels under each codec and chunk, of their 16-bit integers without compression."""
-    yield "Bytes of 16-bit stored numbers x 1; voxels that are 0 throughout are left out, as a store leaves them out. Small chunks of"
-    yield "small files compress worse than those of whole brains."
-    yield ""
+    yield from prose(
+        "Share of the bytes of 16-bit stored numbers; voxels that are 0 throughout are left out, as a store leaves them out. "
+        "Small files compress worse than whole brains. `functional.nii` holds floats spread over all 16 bits by whoever wrote "
+        "it; the others hold a scanner's integers."
+    )
     found = [
         Path(spec.origin).parent / name
         for package, name in PACKAGED
@@ -38,7 +40,7 @@ def real_table(further: Sequence[Path], chunks: Sequence[int], codecs: Sequence[
 
 def _stored(path: Path) -> npt.NDArray[np.int16]:
     """A file's stored integers (frames, voxels), floats rounded; voxels that are 0 throughout left out."""
-    image = nibabel.load(path)
+    image: Any = nibabel.load(path)
     values = np.asanyarray(image.dataobj.get_unscaled())
     flat = values.reshape(-1, values.shape[-1]).T
     if not np.issubdtype(flat.dtype, np.integer):

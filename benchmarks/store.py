@@ -8,14 +8,12 @@ The first call generates a cohort and converts it (several minutes at 2 mm); lat
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-
-from cohorts import HALF, cohort, full_volume_bytes, store
+from cohorts import cohort, full_volume_bytes, store
 from formats import (
     CODECS,
     FRESH,
@@ -33,8 +31,25 @@ from formats import (
     recode,
     size_of,
 )
-from machine import BEGIN, END, child, count_calls, cpu_seconds, drop, fill, mark, page, parser, resident, write_page
+from machine import (
+    BEGIN,
+    END,
+    child,
+    count_calls,
+    cpu_seconds,
+    drop,
+    fill,
+    mark,
+    page,
+    parser,
+    prose,
+    resident,
+    table,
+    write_page,
+)
 from real import real_table
+from timing import Clip, Cost, random_clips, ratio, read_in_turn
+
 from swiftv2.config.data import ClipConfig, NormalisationConfig
 from swiftv2.config.load import find_preset, read_yaml
 from swiftv2.config.model import MaskConfig, ModelConfig
@@ -44,7 +59,6 @@ from swiftv2.data.order import SampleOrder
 from swiftv2.data.store import Store
 from swiftv2.errors import SwiftError
 from swiftv2.plan import plan_model
-from timing import Clip, Cost, random_clips, ratio, read_in_turn, table
 
 PEAK = 312e12
 """FLOPs a second of an A100 in bf16, dense, as its maker states."""
@@ -62,31 +76,36 @@ def formats_page(options: argparse.Namespace, path: Path, runs_seconds: float) -
     check_equal(readers, opened)
     full = full_volume_bytes(opened)
     frames = sum(run.frames for run in opened.runs)
-    yield f"Cohort: {len(opened)} runs, {frames} frames of {'x'.join(map(str, opened.grid.shape))} voxels, {full / 1e9:.2f} GB as"
-    yield f"half-precision full volumes; {len(opened.voxels):,} voxels are kept. Generated in {runs_seconds:.0f} s."
-    yield f"Clips: {options.frames} frames, run and start uniformly random, the same for every format; {options.clips} clips a"
-    yield f"round, {options.rounds} rounds, every clip by all formats in turn; one process. Medians over rounds, ratios within a round"
-    yield "(lowest to highest). The older formats are favoured: HDF5 files stay open, `.pt` frames are stacked, not joined on"
-    yield "their last axis. Checksums are on in this store; the older formats have none."
+    yield from prose(
+        f"Cohort: {len(opened)} runs, {frames} frames of {'x'.join(map(str, opened.grid.shape))} voxels, {full / 1e9:.2f} GB "
+        f"as half-precision full volumes; {len(opened.voxels):,} voxels are kept. Generated in {runs_seconds:.0f} s."
+    )
+    yield from prose(
+        f"Clips: {options.frames} frames, run and start uniformly random, the same for every format; {options.clips} clips a "
+        f"round, {options.rounds} rounds, every clip by all formats in turn; one process. Medians over rounds, ratios within a "
+        "round (lowest to highest). The older formats are favoured: HDF5 files stay open, `.pt` frames are stacked, not joined "
+        "on their last axis. Checksums are on in this store; the older formats have none."
+    )
     cold = read_in_turn(readers, opened.runs, options.frames, options.clips, options.rounds, cold=True)
     files = [file for reader in readers.values() for run in range(len(opened)) for file in reader.files(run)]
     fill(files)
     cached = resident(files)
     warm = read_in_turn(readers, opened.runs, options.frames, options.clips, options.rounds, cold=False)
     left = max(cost.resident for cost in cold.values())
-    yield f"Cold: the run's files are dropped (fsync, posix_fadvise DONTNEED) before each clip; {100 * left:.1f} % of their pages were"
-    yield "then still in the page cache by mincore. The host below this virtual disk may cache what the guest does not."
-    yield f"Warm: {100 * cached:.1f} % of the pages in the page cache."
+    yield from prose(
+        "Cold: the run's files are dropped (fsync, posix_fadvise DONTNEED) before each clip; "
+        f"{100 * left:.1f} % of their pages were then still in the page cache by mincore. The host below this virtual disk may "
+        f"cache what the guest does not. Warm: {100 * cached:.1f} % of the pages in the page cache."
+    )
     for title, costs in (("Cold", cold), ("Warm", warm)):
         yield from ["", f"## {title}", "", *_format_rows(costs, options.frames)]
     yield from ["", "## Bytes and system calls", ""]
     calls = {} if options.no_strace else {name: count(options, path, name) for name in made if name not in (LIMIT, FRESH)}
     yield from _size_rows(made, full, calls)
-    yield from [
-        "",
-        "Amortised: 64 random clips, the first opening of every file included; worst: each clip from a run whose file",
-    ]
-    yield "was never opened before. Counted by strace between the opening of the data set and the end."
+    yield from prose(
+        "Over 64 random clips, the first opening of every file included; worst: each clip from a run whose file was never opened "
+        "before. Counted by strace between the opening of the data set and the end."
+    )
     ours = size_of(path)[0] / size_of(made[PT].folder)[0]
     yield from ["", "## Targets", "", *_targets(cold, warm, ours, calls)]
     yield from ["", "## The loader", "", *loader(path, options)]
@@ -211,9 +230,10 @@ def loader(path: Path, options: argparse.Namespace) -> Iterator[str]:
                         next(reader)
                     seconds = time.perf_counter() - begun
                 rates.setdefault((threads, cold), []).append((4 * batches / seconds, (cpu_seconds() - cpu) / (4 * batches)))
-    yield f"`BatchReader`, micro-batches of 4 clips with masks and brains, {batches} batches a round, {options.rounds} rounds; read ahead"
-    yield "of the first batch included. Cold here: shards dropped before the first batch only, so neighbouring clips share pages."
-    yield ""
+    yield from prose(
+        f"`BatchReader`, micro-batches of 4 clips with masks and brains, {batches} batches a round, {options.rounds} rounds; "
+        "the first batch's wait included. Cold: shards dropped before the first batch; later clips share pages with earlier ones."
+    )
     median = {key: np.median(np.array(values), axis=0) for key, values in rates.items()}
     heads = ["threads", "cold clips/s", "warm clips/s", "warm MB/s of stored numbers", "CPU ms a clip, warm"]
     size = options.frames * len(opened.voxels) * np.dtype(opened.runs[0].dtype).itemsize / 1e6
@@ -235,21 +255,20 @@ def loader(path: Path, options: argparse.Namespace) -> Iterator[str]:
 
 def headroom(rate: float, cpu: float, size: float) -> Iterator[str]:
     """Lines: clips a second that models consume on an A100 against what the loader delivers; arithmetic only."""
-    yield from ["", "### What models consume on an A100", ""]
-    yield "Arithmetic, nothing measured on a GPU: forward and backward cost 3 x the forward FLOPs of `swiftv2 plan` (a dense 96^3 x 20"
-    yield f"clip), {PEAK / 1e12:.0f} TFLOP/s in bf16, at the stated share of them. Cores that keep up: clips/s x CPU seconds a clip, warm,"
-    yield "on cores like these, if threads scale; a Perlmutter GPU node has 16 cores (32 threads) a GPU."
-    yield ""
+    yield from ["", "### What models consume on an A100"]
+    yield from prose(
+        "Arithmetic, nothing measured on a GPU: forward and backward cost 3 x the forward FLOPs of `swiftv2 plan` (a dense "
+        f"96^3 x 20 clip), {PEAK / 1e12:.0f} TFLOP/s in bf16, at the stated share of them. Cores that keep up: clips/s x CPU "
+        "seconds a clip, warm, on cores like these, if threads scale; a Perlmutter GPU node has 16 cores (32 threads) a GPU."
+    )
     rows = []
     for name in ("5M", "806M"):
         config = ModelConfig.model_validate(read_yaml(find_preset("model", name)))
         flops = 3 * plan_model(config).forward_flops_per_clip["total"]
         for share in (0.1, 0.2, 0.4):
             wanted = PEAK * share / flops
-            rows.append(
-                [name, f"{flops / 1e9:,.0f}", f"{100 * share:.0f} %", f"{wanted:.1f}", f"{wanted * size:,.0f}"]
-                + [f"{rate / wanted:.2f}", f"{wanted * cpu:.1f}"]
-            )
+            rates = [f"{wanted:.1f}", f"{wanted * size:,.0f}", f"{rate / wanted:.2f}", f"{wanted * cpu:.1f}"]
+            rows.append([name, f"{flops / 1e9:,.0f}", f"{100 * share:.0f} %", *rates])
     heads = ["model", "GFLOP a clip", "share of the peak", "clips/s a GPU", "MB/s a GPU", "this loader, 2 threads: times that"]
     yield from table([*heads, "cores that keep up"], rows)
 
@@ -258,11 +277,14 @@ def choice_page(options: argparse.Namespace, path: Path, runs_seconds: float) ->
     """Chunks, codecs and readers on the same clips."""
     opened = Store.open(path)
     full = full_volume_bytes(opened)
-    yield f"Cohort: {len(opened)} runs, {sum(run.frames for run in opened.runs)} frames, {full / 1e9:.2f} GB as half-precision full"
-    yield f"volumes, {len(opened.voxels):,} voxels kept; generated in {runs_seconds:.0f} s. Random {options.frames}-frame clips, {options.clips} a round,"
-    yield f"{options.rounds} rounds; every clip by all readers of one layout in turn and by `.pt`, to which ratios are paired. One process;"
-    yield "libraries may use both cores, `ours` uses one. Checksums are verified by all readers. Cold: files dropped before each clip."
-    yield ""
+    frames = sum(run.frames for run in opened.runs)
+    yield from prose(
+        f"Cohort: {len(opened)} runs, {frames} frames, {full / 1e9:.2f} GB as half-precision full volumes, "
+        f"{len(opened.voxels):,} voxels kept; generated in {runs_seconds:.0f} s. Random {options.frames}-frame clips, {options.clips} a round, "
+        f"{options.rounds} rounds; every clip by all readers of one layout in turn and by `.pt`, to which ratios are paired. "
+        "One process; libraries may use both cores, `ours` uses one. All readers verify the checksums. Cold: files dropped before "
+        "each clip (fsync, posix_fadvise DONTNEED); the host below this virtual disk may cache what the guest does not."
+    )
     heads = [
         "codec",
         "chunk",
@@ -274,7 +296,7 @@ def choice_page(options: argparse.Namespace, path: Path, runs_seconds: float) ->
         f"warm times `{PT}`",
     ]
     heads += ["cold share of `pread`", "CPU ms a clip, cold", "warm"]
-    rows = []
+    rows: list[list[str]] = []
     before = formats(options.folder / f"{path.stem}-formats", path)[PT].open()
     for codec in CODECS:
         for chunk in CHUNKS:
@@ -340,4 +362,4 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,13 +1,14 @@
 """Reading the same random clips from several formats in turn, and what that costs."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
-
 from formats import Reader
 from machine import cpu_seconds, disk_bytes, drop, resident
+
 from swiftv2.data import keyed
 from swiftv2.data.store import Run
 
@@ -74,7 +75,7 @@ def read_in_turn(
                     drop(reader.files(run))
                     if not number:
                         costs[name].resident = max(costs[name].resident, resident(reader.files(run)))
-                for which, amount in enumerate(_measured(lambda reader=reader: reader.read(run, start, frames))):  # type: ignore[misc]
+                for which, amount in enumerate(_measured(partial(reader.read, run, start, frames))):
                     spent[name][which] += amount
         for name, (seconds, cpu, disk) in spent.items():
             costs[name].seconds.append(seconds)
@@ -97,9 +98,3 @@ def ratio(value: tuple[float, float, float], *, percent: bool = False) -> str:
     if percent:
         return f"{100 * value[0]:.0f} % ({100 * value[1]:.0f} to {100 * value[2]:.0f})"
     return f"{value[0]:.1f} ({value[1]:.1f} to {value[2]:.1f})"
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a markdown table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
