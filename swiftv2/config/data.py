@@ -1,7 +1,7 @@
 """Configuration of the data: grid, clips, normalisation, splits, loading."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -40,6 +40,39 @@ class ClipConfig(Config):
     """Every how many frames of the run one is taken."""
     stride_between: PositiveFloat = 1.0
     """Distance between the starts of neighbouring clips, as a multiple of a clip's duration."""
+    target_tr: PositiveFloat | None = None
+    """Seconds between the frames of a clip before stride_within; runs of another TR are interpolated. Their own when unset."""
+    seconds: PositiveFloat | None = None
+    """Length of a clip in seconds, instead of `frames`; needs target_tr."""
+    gaps: Literal["keep", "avoid", "between"] = "keep"
+    """Censored volumes: keep (clips run across them), avoid (no clip holds one), between (clips are cut anew between them)."""
+    displacement_mm: PositiveFloat | None = None
+    """Framewise displacement above which a volume counts as censored, beside those that the confounds censor; needs gaps."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _length(cls, tree: Any) -> Any:
+        """Clips of so many seconds have so many frames."""
+        if not isinstance(tree, dict) or tree.get("seconds") is None:
+            return tree
+        if tree.get("target_tr") is None:
+            raise ValueError("clip.seconds needs clip.target_tr, the seconds between frames")
+        try:
+            step = float(tree["target_tr"]) * int(tree.get("stride_within", 1))
+            frames = max(round(float(tree["seconds"]) / step), 1)
+        except (TypeError, ValueError, ZeroDivisionError):
+            return tree  # The checks of the fields say what is wrong.
+        if tree.get("frames", frames) != frames:
+            raise ValueError(
+                f"clip.seconds={tree['seconds']} makes {frames} frames, clip.frames says {tree['frames']}: give one"
+            )
+        return {**tree, "frames": frames}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.displacement_mm is not None and self.gaps == "keep":
+            raise ValueError("clip.displacement_mm censors volumes: say clip.gaps=avoid or clip.gaps=between")
+        return self
 
 
 class NormalisationConfig(Config):
@@ -71,6 +104,24 @@ class SplitConfig(Config):
         return value
 
 
+class MixingConfig(Config):
+    """How often the cohorts of a run come; an epoch has as many samples as the run has clips."""
+
+    kind: Literal["proportional", "temperature", "weights"] = "proportional"
+    """proportional to clips; to clips^(1/temperature); or as weights say."""
+    temperature: float | None = Field(default=None, ge=1.0)
+    """1 is proportional, a large one makes all cohorts come equally often (kind=temperature only)."""
+    weights: dict[str, PositiveFloat] | None = None
+    """Weight of each cohort of the run by name (kind=weights only)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for kind, value in (("weights", self.weights), ("temperature", self.temperature)):
+            if (self.kind == kind) != (value is not None):
+                raise ValueError(f"data.mixing: kind={kind} and {kind} go together")
+        return self
+
+
 class DataConfig(Config):
     """The store that is read and how."""
 
@@ -79,7 +130,15 @@ class DataConfig(Config):
     cohorts: tuple[str, ...] | None = None
     """Cohorts of the store to use; all when unset."""
     allow_mixed_tr: bool = False
-    """Whether runs of different repetition times may meet in one training; refused otherwise."""
+    """Whether runs of different repetition times may meet as they are; refused otherwise (clip.target_tr makes them one)."""
+    allow_cleaned: bool = False
+    """Whether runs that were cleaned (voxel means about zero) may meet others, or be scaled by one mean over all voxels."""
+    mixing: MixingConfig = MixingConfig()
+    """How often each cohort comes."""
+    on_bad_clip: Literal["fail", "quarantine"] = "fail"
+    """Clips that fail their checksum, are not finite or do not change: end the run, or are left out by all ranks together."""
+    quarantine_limit: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Largest share of the training clips that may be left out so before the run ends."""
     normalisation: NormalisationConfig = NormalisationConfig()
     """Scaling of the BOLD signal."""
     split: SplitConfig = SplitConfig()
@@ -88,3 +147,5 @@ class DataConfig(Config):
     """Threads of each rank that read and decode chunks."""
     prefetch: int = Field(default=2, ge=1, le=64)
     """Micro-batches that each rank reads ahead."""
+    prefetch_mb: PositiveInt = 1024
+    """Most megabytes that each rank reads ahead, whatever `prefetch` says; one micro-batch is always read."""

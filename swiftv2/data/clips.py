@@ -1,6 +1,6 @@
 """From runs to clips: which stretches of which runs are samples."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from swiftv2.config.data import ClipConfig
 from swiftv2.data.sources import RunInfo
+from swiftv2.data.tempo import clip_duration
 from swiftv2.errors import UsageError
 
 _NAMED = 10
@@ -24,7 +25,9 @@ class ClipIndex:
     frames: int
     """Frames of each clip."""
     stride: int
-    """Every how many frames of the run one is taken."""
+    """Every how many frames (of target_tr, where that is set) one is taken."""
+    config: ClipConfig
+    """What the clips were cut by."""
     too_short: tuple[str, ...] = ()
     """Keys of the runs that hold no clip: for the caller to report."""
 
@@ -32,24 +35,47 @@ class ClipIndex:
         return len(self.run)
 
 
-def clip_duration(config: ClipConfig) -> int:
-    """Frames of a run that one clip spans."""
-    return config.frames * config.stride_within
-
-
-def clip_starts(frames: int, config: ClipConfig) -> NDArray[np.int64]:
-    """First frames of the clips of a run of `frames` volumes, ascending; empty when the run is too short."""
-    duration = clip_duration(config)
+def clip_starts(frames: int, config: ClipConfig, tr: float = 1.0) -> NDArray[np.int64]:
+    """First frames of the clips of a run of `frames` volumes of `tr` seconds, ascending; empty when it is too short."""
+    duration = clip_duration(config, tr)
     step = max(round(config.stride_between * duration), 1)
     return np.arange(0, frames - duration + 1, step, dtype=np.int64)
 
 
+def starts_around(censored: NDArray[np.bool_], first: int, config: ClipConfig, tr: float) -> NDArray[np.int64]:
+    """First frames of the clips of a run that hold no censored frame (`clip.gaps` avoid or between), ascending.
+
+    Args:
+        censored: (frames,) of the run.
+        first: frames before this one are in no clip.
+        config: length, strides and what is done about gaps.
+        tr: seconds between the run's frames.
+    """
+    duration = clip_duration(config, tr)
+    if config.gaps == "avoid":
+        starts = first + clip_starts(len(censored) - first, config, tr)
+        before = np.concatenate(([0], np.cumsum(censored)))
+        clean: NDArray[np.int64] = starts[before[starts + duration] == before[starts]]
+        return clean
+    edges = np.flatnonzero(np.diff(np.concatenate(([1], censored[first:].astype(np.int8), [1])))) + first
+    stretches = zip(edges[::2], edges[1::2], strict=True)
+    return np.concatenate([np.empty(0, np.int64), *(a + clip_starts(int(b - a), config, tr) for a, b in stretches)])
+
+
 def select_runs(
-    runs: Sequence[RunInfo], subjects: Collection[str], cohorts: Collection[str] | None = None
+    runs: Sequence[RunInfo],
+    subjects: Collection[str],
+    cohorts: Collection[str] | None = None,
+    version: int | None = None,
 ) -> NDArray[np.int64]:
     """Indices of the runs of these subjects (pseudonymous keys), ascending; of some cohorts only where they are given.
 
-    Withdrawn runs are never among them.
+    Args:
+        runs: all runs of the store.
+        subjects: whose runs.
+        cohorts: names; all when None.
+        version: runs that this version of the store had, those withdrawn since included, so that clips keep their
+            numbers; when None those that are there now.
 
     Raises:
         UsageError: a cohort is unknown to the store.
@@ -59,8 +85,12 @@ def select_runs(
     if unknown:
         raise UsageError(f"data.cohorts: the store has no cohort {unknown[0]!r}; it has {', '.join(sorted(known))}")
     wanted, kept = set(subjects), known if cohorts is None else set(cohorts)
+
+    def there(run: RunInfo) -> bool:
+        return not run.withdrawn if version is None else run.since <= version and not 0 < run.withdrawn <= version
+
     return np.array(
-        [i for i, run in enumerate(runs) if run.subject in wanted and run.cohort in kept and not run.withdrawn], dtype=np.int64
+        [i for i, run in enumerate(runs) if run.subject in wanted and run.cohort in kept and there(run)], dtype=np.int64
     )
 
 
@@ -70,6 +100,7 @@ def index_clips(
     chosen: Iterable[int] | None = None,
     *,
     allow_mixed_tr: bool = False,
+    censored: Callable[[int], NDArray[np.bool_] | None] | None = None,
 ) -> ClipIndex:
     """All clips of the chosen runs, in the order of the store's runs and then of their starts.
 
@@ -80,20 +111,26 @@ def index_clips(
         config: length and strides of the clips.
         chosen: indices of the runs to take; all when None.
         allow_mixed_tr: whether runs of different repetition times may meet.
+        censored: (frames,) bool of a run by its index, or None where that is not known; asked where `clip.gaps` is not keep.
 
     Raises:
-        UsageError: no run is chosen, none holds a clip, or repetition times are mixed without leave.
+        UsageError: no run is chosen, none holds a clip, repetition times are mixed without leave, or gaps are to be kept
+            out of clips and are not known.
     """
     indices = sorted({int(i) for i in (range(len(runs)) if chosen is None else chosen)})
     if not indices:
         raise UsageError("no run is left to cut clips from: check data.cohorts and data.split")
-    check_repetition_times([runs[i].tr for i in indices], allow_mixed_tr)
-    starts = [runs[i].steady_from + clip_starts(runs[i].frames - runs[i].steady_from, config) for i in indices]
+    check_repetition_times([runs[i].tr for i in indices], allow_mixed_tr or config.target_tr is not None)
+    if config.gaps == "keep":
+        starts = [runs[i].steady_from + clip_starts(runs[i].frames - runs[i].steady_from, config, runs[i].tr) for i in indices]
+    else:
+        starts = _starts_between_gaps(runs, config, indices, censored)
     short = tuple(runs[i].key for i, s in zip(indices, starts, strict=True) if not len(s))
     if len(short) == len(indices):
+        longest = max(clip_duration(config, runs[i].tr) for i in indices)
         raise UsageError(
-            f"no run holds a clip of {clip_duration(config)} frames (clip.frames x clip.stride_within): "
-            f"{_listing(short)} are too short; lower clip.frames"
+            f"no run holds a clip of {longest} frames (clip.frames x clip.stride_within, at the TR of the runs): "
+            f"{_listing(short)} are too short; lower clip.frames{'' if config.gaps == 'keep' else ' or say clip.gaps=keep'}"
         )
     counts = [len(s) for s in starts]
     return ClipIndex(
@@ -101,8 +138,26 @@ def index_clips(
         start=np.concatenate(starts),
         frames=config.frames,
         stride=config.stride_within,
+        config=config,
         too_short=short,
     )
+
+
+def _starts_between_gaps(
+    runs: Sequence[RunInfo],
+    config: ClipConfig,
+    indices: Sequence[int],
+    censored: Callable[[int], NDArray[np.bool_] | None] | None,
+) -> list[NDArray[np.int64]]:
+    flags = [None if censored is None else censored(i) for i in indices]
+    unknown = [runs[i].key for i, one in zip(indices, flags, strict=True) if one is None]
+    if unknown:
+        raise UsageError(
+            f"clip.gaps={config.gaps} needs to know which volumes are censored, and {len(unknown)} of {len(indices)} runs "
+            f"have no confounds ({_listing(unknown)}): say clip.gaps=keep, or choose cohorts that have them by data.cohorts"
+        )
+    pairs = zip(indices, flags, strict=True)
+    return [starts_around(one, runs[i].steady_from, config, runs[i].tr) for i, one in pairs if one is not None]
 
 
 def spread_clips(subject: NDArray[np.int64], max_clips: int | None) -> NDArray[np.int64]:
@@ -141,7 +196,8 @@ def check_repetition_times(times: Sequence[float], allow_mixed: bool) -> None:
     if len(different) > 1 and not allow_mixed:
         counted = ", ".join(f"{t:g} s ({rounded.count(t)} runs)" for t in different)
         raise UsageError(
-            f"runs have different repetition times: {counted}; choose cohorts of one TR or set data.allow_mixed_tr=true"
+            f"runs have different repetition times: {counted}; choose cohorts of one TR, bring all to one by clip.target_tr, "
+            "or set data.allow_mixed_tr=true"
         )
 
 

@@ -1,19 +1,22 @@
 """The one global order of samples: which clip stands at which position, for every world size the same.
 
-Position p belongs to epoch p // clips; each epoch is a permutation of all clips that depends on the seed and the epoch
-only. The state of a run is one number: the samples consumed.
+Position p belongs to epoch p // clips. Without a mixture each epoch is a permutation of all clips; with one it holds each
+cohort's share. All depends on the seed, the epoch, the store's version, the mixture and the exclusions only. The state of
+a run is one number, the samples consumed, beside the exclusions that its ranks have agreed on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from swiftv2.data import keyed
+from swiftv2.data.mixing import Mixture
 from swiftv2.errors import SwiftError
 
 Integers = NDArray[np.int64]
+_DRAWS = 64
 
 
 class Exclusion(NamedTuple):
@@ -26,72 +29,111 @@ class Exclusion(NamedTuple):
 
 
 class SampleOrder:
-    """Order of the samples of a run; a pure function of seed, number of clips and exclusions.
+    """Order of the samples of a run; a pure function of seed, number of clips, mixture and exclusions.
 
     Clips are numbered by the store, so the order belongs to one version of the store. A clip that is excluded is
-    replaced, where its turn comes, by another one drawn for that epoch and clip: all other positions keep theirs.
+    replaced, where its turn comes, by another one of its cohort drawn for that turn: all other positions keep theirs.
     """
 
-    def __init__(self, seed: int, clips: int, exclusions: Sequence[Exclusion] = ()) -> None:
+    def __init__(self, seed: int, clips: int, exclusions: Iterable[Exclusion] = (), mixture: Mixture | None = None) -> None:
         if clips < 1:
             raise ValueError("an order needs at least one clip")
         self.seed = seed
         self.clips = clips
-        self.exclusions = tuple(exclusions)
+        self.mixture = mixture
         self._since: dict[int, int] = {}
-        for clip, position in self.exclusions:
-            if not 0 <= clip < clips:
-                raise ValueError(f"there is no clip {clip} to exclude; clips are 0 to {clips - 1}")
-            self._since[clip] = min(position, self._since.get(clip, position))
-        self._permutations: dict[int, Integers] = {}
+        self.exclude(exclusions)
+        self._epochs: dict[int, tuple[Integers, Integers]] = {}
 
-    def positions(self, step: int, global_batch: int) -> Integers:
-        """Positions of the samples of a step (counted from 0) of a run of constant batch, shape (global_batch,)."""
-        return np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.int64)
+    def exclude(self, exclusions: Iterable[Exclusion]) -> None:
+        """Add exclusions; of two of one clip the earlier holds."""
+        for clip, position in exclusions:
+            if not 0 <= clip < self.clips:
+                raise ValueError(f"there is no clip {clip} to exclude; clips are 0 to {self.clips - 1}")
+            self._since[clip] = min(position, self._since.get(clip, position))
+
+    @property
+    def exclusions(self) -> tuple[Exclusion, ...]:
+        """All exclusions, by clip."""
+        return tuple(Exclusion(clip, position) for clip, position in sorted(self._since.items()))
 
     def epochs_at(self, positions: Integers) -> Integers:
         """Epoch of each position, same shape."""
         return positions // self.clips
 
     def clips_at(self, positions: Integers) -> Integers:
-        """Clip id at each position, same shape.
+        """Clip id at each position, same shape; see `samples_at`."""
+        return self.samples_at(positions)[0]
+
+    def samples_at(self, positions: Integers) -> tuple[Integers, Integers]:
+        """Clip id at each position, and which pass over the clip's cohort it is, both of the same shape.
+
+        Without a mixture the pass is the epoch.
 
         Raises:
-            SwiftError: every clip is excluded.
+            SwiftError: every clip (of a cohort) is excluded.
         """
         positions = np.asarray(positions, dtype=np.int64)
         epochs, places = positions // self.clips, positions % self.clips
-        clips = np.empty_like(positions)
+        clips, passes = np.empty_like(positions), np.empty_like(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            clips[here] = self._permutation(int(epoch))[places[here]]
+            own, turns = self._epoch(int(epoch))
+            clips[here], passes[here] = own[places[here]], turns[places[here]]
         for i in np.flatnonzero(np.isin(clips, list(self._since))) if self._since else ():
-            clips[i] = self._substitute(int(clips[i]), int(epochs[i]), int(positions[i]))
-        return clips
+            clips[i] = self.substitute(int(clips[i]), int(passes[i]), int(positions[i]))
+        return clips, passes
 
-    def clip_at(self, position: int) -> int:
-        """Clip id at one position."""
-        return int(self.clips_at(np.array([position]))[0])
+    def substitute(self, clip: int, turn: int, position: int) -> int:
+        """What stands at a position whose turn it is for a clip: the clip, or what replaces it where it is excluded.
 
-    def samples_for(self, step: int, global_batch: int) -> Integers:
-        """Clip ids of a step of a run of constant batch, shape (global_batch,)."""
-        return self.clips_at(self.positions(step, global_batch))
+        Args:
+            clip: the clip that the order without exclusions has there.
+            turn: the pass over its cohort.
+            position: in the global order.
 
-    def _permutation(self, epoch: int) -> Integers:
-        if epoch not in self._permutations:
-            # A batch may straddle two epochs; nobody looks further back.
-            for old in [e for e in self._permutations if e < epoch - 1]:
-                del self._permutations[old]
-            self._permutations[epoch] = keyed.permutation(keyed.generator(self.seed, "order", epoch), self.clips)
-        return self._permutations[epoch]
-
-    def _substitute(self, clip: int, epoch: int, position: int) -> int:
-        if position < self._since[clip]:
+        Raises:
+            SwiftError: every clip (of its cohort) is excluded.
+        """
+        if not self._excluded(clip, position):
             return clip
-        for other in keyed.permutation(keyed.generator(self.seed, "substitute", epoch, clip), self.clips):
-            if position < self._since.get(int(other), position + 1):
+        own = np.arange(self.clips) if self.mixture is None else self.mixture.own(clip)
+        rng = keyed.generator(self.seed, "substitute", turn, clip)
+        # Draws rather than a permutation: with few exclusions one is enough, however many clips there are.
+        for _ in range(_DRAWS):
+            other = int(own[int(rng.bit_generator.random_raw()) % len(own)])
+            if not self._excluded(other, position):
+                return other
+        for other in own[keyed.permutation(rng, len(own))]:
+            if not self._excluded(int(other), position):
                 return int(other)
         raise SwiftError("every clip of the training split is excluded: mend the store or drop its broken runs")
+
+    def composition(self, cohort: Integers, epoch: int) -> dict[int, int]:
+        """How many samples of each cohort an epoch holds.
+
+        Args:
+            cohort: (clips,) cohort of each clip.
+            epoch: which epoch.
+        """
+        numbers, counts = np.unique(cohort[self._epoch(epoch)[0]], return_counts=True)
+        return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+
+    def _excluded(self, clip: int, position: int) -> bool:
+        return position >= self._since.get(clip, position + 1)
+
+    def _epoch(self, epoch: int) -> tuple[Integers, Integers]:
+        """Clips and passes of an epoch in their order."""
+        if epoch not in self._epochs:
+            # A batch may straddle two epochs; nobody looks further back.
+            for old in [e for e in self._epochs if e < epoch - 1]:
+                del self._epochs[old]
+            if self.mixture is not None:
+                self._epochs[epoch] = self.mixture.epoch(self.seed, epoch)
+            else:
+                order = keyed.permutation(keyed.generator(self.seed, "order", epoch), self.clips)
+                self._epochs[epoch] = order, np.full(self.clips, epoch, dtype=np.int64)
+        return self._epochs[epoch]
 
 
 def rank_positions(first: int, micro_batch: int, accumulation: int, rank: int, world_size: int) -> Iterator[Integers]:

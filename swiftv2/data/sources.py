@@ -41,6 +41,11 @@ class RunInfo(Protocol):
         ...
 
     @property
+    def since(self) -> int:
+        """Version of the store in which the run came."""
+        ...
+
+    @property
     def withdrawn(self) -> int:
         """Version of the store in which consent was withdrawn, so that only a tombstone is left; 0 while it holds."""
         ...
@@ -97,8 +102,10 @@ class RunSource(Protocol):
         """All runs."""
         ...
 
-    def read_bold(self, run_index: int, start: int, frames: int, stride: int) -> NDArray[Any]:
-        """Source numbers of `frames` frames, every `stride`-th from `start`, (frames, V)."""
+    def read_bold(
+        self, run_index: int, start: int, frames: int, stride: int, *, out: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
+        """Source numbers of `frames` frames, every `stride`-th from `start`, (frames, V); in `out` where it is given."""
         ...
 
     def brain(self, run_index: int) -> NDArray[np.bool_]:

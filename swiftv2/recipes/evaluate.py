@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from swiftv2.config.pretrain import PretrainConfig
-from swiftv2.data.batches import RunTable, evaluation_batches
+from swiftv2.data.batch import RunTable
+from swiftv2.data.batches import evaluation_batches
 from swiftv2.data.clips import ClipIndex
 from swiftv2.data.masks import brain_ratio
 from swiftv2.data.store import Store

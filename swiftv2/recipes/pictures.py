@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from swiftv2.config.pretrain import PretrainConfig
-from swiftv2.data.batches import Batch, evaluation_batches
+from swiftv2.data.batch import Batch
+from swiftv2.data.batches import evaluation_batches
 from swiftv2.data.clips import ClipIndex
 from swiftv2.data.normalise import scaling
 from swiftv2.data.store import Store

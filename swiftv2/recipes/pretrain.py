@@ -12,7 +12,8 @@ from swiftv2 import weights
 from swiftv2.config.engine import split_batch
 from swiftv2.config.load import dump
 from swiftv2.config.pretrain import PretrainConfig
-from swiftv2.data.batches import Batch, BatchReader
+from swiftv2.data.batch import Batch
+from swiftv2.data.batches import BatchReader
 from swiftv2.data.clips import ClipIndex, check_repetition_times, index_clips, select_runs
 from swiftv2.data.order import SampleOrder
 from swiftv2.data.splits import Splits, split_subjects

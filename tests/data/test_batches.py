@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from swiftv2.config.data import ClipConfig, GridConfig, NormalisationConfig
 from swiftv2.config.model import MaskConfig
 from swiftv2.data import keyed
-from swiftv2.data.batches import Batch, BatchReader, RunTable, common_dtype, evaluation_batches
+from swiftv2.data.batch import Batch, RunTable, common_dtype
+from swiftv2.data.batches import BatchReader, evaluation_batches
 from swiftv2.data.build import build
 from swiftv2.data.clips import index_clips, spread_clips
 from swiftv2.data.masks import brain_cells, draw_mask
@@ -41,6 +42,7 @@ class MemoryRun:
     dtype: str
     statistics: tuple[float, ...]
     steady_from: int = 0
+    since: int = 1
     withdrawn: int = 0
 
 
@@ -74,14 +76,20 @@ class MemorySource:
         self.reads = 0
         self._lock = threading.Lock()
 
-    def read_bold(self, run_index: int, start: int, frames: int, stride: int) -> NDArray[Any]:
+    def read_bold(
+        self, run_index: int, start: int, frames: int, stride: int, *, out: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
         self.before_read(run_index, start)
         with self._lock:
             self.reads += 1
         run = self.runs[run_index]
         assert start + (frames - 1) * stride < run.frames
         times = start + stride * np.arange(frames)
-        return (self.offset + run_index * 1000 + times[:, None] * 10 + self.voxels % 10).astype(run.dtype)
+        bold = (self.offset + run_index * 1000 + times[:, None] * 10 + self.voxels % 10).astype(run.dtype)
+        if out is None:
+            return bold
+        out[...] = bold
+        return out
 
     def brain(self, run_index: int) -> NDArray[np.bool_]:
         return np.asarray(self.voxels % 7 != run_index % 7)
@@ -126,7 +134,7 @@ def test_a_batch_says_what_the_store_says_of_its_clips() -> None:
     assert batch.bold.shape == (4, 6, 80)
     cells = brain_cells(source.voxels, (6, 5, 4), MASK.patch_size)
     for i in range(4):
-        clip = order.clip_at(i)
+        clip = int(order.clips_at(np.array([i]))[0])
         run, start = int(clips.run[clip]), int(clips.start[clip])
         info = source.runs[run]
         np.testing.assert_array_equal(batch.bold[i], source.read_bold(run, start, 6, 2))

@@ -18,6 +18,7 @@ class BareRun:
     subject: str = "s0"
     cohort: str = "A"
     steady_from: int = 0
+    since: int = 1
     withdrawn: int = 0
 
 
