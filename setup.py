@@ -40,7 +40,9 @@ setup(
     ],
     extras_require={
         "mpi": ["mpich>=4.2"],
+        "migrate": ["h5py>=3.11"],
         "dev": [
+            "h5py>=3.11",
             "hypothesis>=6.100",
             "mpich>=4.2",
             "mypy>=1.13",
