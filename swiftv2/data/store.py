@@ -144,7 +144,7 @@ class Store:
             SwiftError: no store, an unfinished one, another format, or a damaged index.
         """
         folder = Path(path)
-        attributes, runs = _read_index(folder)
+        attributes, runs = read_index(folder)
         names = ["voxels", *(small.name for small in layout.SMALL_ARRAYS)]
         names += [f"bold/{dtype}" for dtype in sorted({run.dtype for run in runs if run.present})]
         files = OpenShards()
@@ -277,7 +277,7 @@ class Store:
             ) from error
 
 
-def _read_index(folder: Path) -> tuple[dict[str, Any], tuple[Run, ...]]:
+def read_index(folder: Path) -> tuple[dict[str, Any], tuple[Run, ...]]:
     """Attributes and runs of the newest version; read again where the store got another version in between."""
     attributes = layout.read_attributes(folder)
     while True:
