@@ -146,7 +146,7 @@ def _cohort_distributions(sheet: CohortSheet) -> Any:
 def _run_figure(sheet: RunSheet) -> Any:
     figure: Any = Figure(figsize=_PAGE_INCHES, layout="constrained")
     figure.suptitle(f"run {sheet.title}", fontsize=12)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.25, 1.0))
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.0, 1.0))
     maps = top.subfigures(1, 2)
     _draw_slices(maps[0], sheet.mean, "mean image (source units)", "gray", "")
     _draw_slices(maps[1], sheet.tsnr, "temporal SNR", "viridis", "not defined: the voxels' means were removed")
@@ -195,7 +195,7 @@ def _draw_slices(figure: Any, slices: Slices | None, title: str, colours: str, w
     image = None
     for axis, plane in zip(axes, PLANES, strict=True):
         picture = np.ma.masked_invalid(slices.pictures[plane])
-        image = axis.imshow(picture.T, origin="lower", cmap=colours, vmin=min(low, 0.0), vmax=high, interpolation="nearest")
+        image = axis.imshow(picture.T, origin="lower", cmap=colours, vmin=low, vmax=high, interpolation="nearest")
         letter = "xyz"[PLANES.index(plane)]
         axis.set_title(f"{plane}, {letter} = {slices.places[plane]:.0f} mm", fontsize=7)
         for side, place in zip(SIDES[plane], (0.02, 0.98), strict=True):

@@ -24,13 +24,13 @@ SPACE = "MNI152NLin6Asym"
 SHAPE = (12, 14, 11)
 FRAMES = 6
 CORNER = ("-20", "-30", "10")
-MARKER_MM = (-12.0, -10.0, 20.0)
+MARKER_MM = (-6.0, -12.0, 20.0)
 """World position of the bright voxel: left, behind, above; nothing about it is symmetric."""
 PLACE = ["--orientation", "LAS", "--space", SPACE, "--voxel-mm", "2", "--tr", "0.8"]
 SOURCE_GRID = ["--grid", "kind=source", "mask=box"]
 
 
-def affine_of(codes: str, corner: tuple[float, ...] = (-20.0, -30.0, 10.0)) -> NDArray[np.float64]:
+def affine_of(codes: str, corner: tuple[float, ...]) -> NDArray[np.float64]:
     affine = np.eye(4)
     affine[:3, :3] = 0
     for axis, code in enumerate(codes):
@@ -96,9 +96,8 @@ def at_world(store: Store, index: int, mm: tuple[float, ...]) -> NDArray[np.floa
 
 @pytest.mark.parametrize("codes", ["RAS", "LAS", "LPI", "PSR"])
 def test_v1_into_a_store_value_by_value_at_its_place(codes: str, tmp_path: Path) -> None:
-    affine = affine_of(
-        codes, (20.0 if "L" in codes else -20.0, 30.0 if "P" in codes else -30.0, 40.0 if "I" in codes else 10.0)
-    )
+    corner = (12.0 if "L" in codes else -12.0, 0.0 if "P" in codes else -20.0, 30.0 if "I" in codes else 10.0)
+    affine = affine_of(codes, corner)
     marker = tuple(round(x) for x in (np.linalg.inv(affine) @ [*MARKER_MM, 1])[:3])
     assert all(2 <= place < size - 1 for place, size in zip(marker, SHAPE, strict=True)), "the marker lies in the box"
     values = v1_values(raw(0, marker=(marker[0], marker[1], marker[2])))
@@ -117,8 +116,7 @@ def test_v1_into_a_store_value_by_value_at_its_place(codes: str, tmp_path: Path)
     assert not store.generated, "converted data are somebody's"
     np.testing.assert_array_equal(at_world(store, 0, MARKER_MM), values[marker].astype(np.float64))
     other = (-MARKER_MM[0], *MARKER_MM[1:])
-    if np.abs(store.grid.world(store.voxels) - other).max(axis=1).min() < 1e-3:
-        assert at_world(store, 0, other).max() < values[marker].min(), "left is not right"
+    assert at_world(store, 0, other).max() < values[marker].min(), "left is not right"
     assert verify(tmp_path / "s.zarr").ok
 
 
