@@ -110,6 +110,10 @@ class Prefetcher:
         self.wait_seconds += time.perf_counter() - begin
         return pending.batch
 
+    def ready(self) -> bool:
+        """Whether the next micro-batch is there, so that `next` would not wait."""
+        return bool(self._pending) and all(read.done() for read in self._pending[0].reads)
+
     def faults(self) -> list[Fault]:
         """What was found unusable in the batches handed over since this was last asked (`quarantine`)."""
         found, self._faults = self._faults, []
@@ -218,7 +222,7 @@ class BatchReader(Prefetcher):
             raise ValueError(f"the order is of {order.clips} clips, the index of {len(clips)}")
         self._first, self._delivered = samples_consumed, 0
         self._accumulation, self._global_batch = accumulation, micro_batch * accumulation * world_size
-        self._order, self._order_lock = order, threading.Lock()
+        self.order, self._order_lock = order, threading.Lock()
 
         def requests() -> Iterator[Request]:
             first, weight = samples_consumed, np.ones(micro_batch, dtype=np.float32)
@@ -257,13 +261,13 @@ class BatchReader(Prefetcher):
     def exclude(self, exclusions: Iterable[Exclusion]) -> None:
         """Take exclusions that all ranks agreed on into the order."""
         with self._order_lock:
-            self._order.exclude(exclusions)
+            self.order.exclude(exclusions)
 
     def _replace(self, batch: Batch, place: int, fault: Fault) -> bool:
         """Put in place of a clip what the order has there once the clip is excluded; that one is to be read."""
         with self._order_lock:
-            self._order.exclude([Exclusion(fault.clip, fault.position)])
-            other = int(self._order.clips_at(batch.sample[place : place + 1].numpy())[0])
+            self.order.exclude([Exclusion(fault.clip, fault.position)])
+            other = int(self.order.clips_at(batch.sample[place : place + 1].numpy())[0])
         self._reader.replace(batch, place, other)
         return True
 

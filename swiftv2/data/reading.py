@@ -110,8 +110,8 @@ class ClipReader:
         batch.cohort[place], batch.subject[place] = int(table.cohort[run]), int(table.subject[run])
 
     def blank(self, batch: Batch, place: int) -> None:
-        """Let a place of a batch hold a clip of zeros without brain, which counts for nothing."""
-        batch.bold[place], batch.brain[place], batch.weight[place] = 0, False, 0.0
+        """Let a place of a batch hold a clip of zeros with weight 0, which counts for nothing and breaks no arithmetic."""
+        batch.bold[place], batch.brain[place], batch.weight[place] = 0, True, 0.0
         if batch.voxel_mean is not None and batch.voxel_std is not None:
             batch.voxel_mean[place], batch.voxel_std[place] = 0.0, 0.0
 

@@ -162,8 +162,8 @@ class Store:
 
     @property
     def subject_keys(self) -> tuple[str, ...]:
-        """Pseudonymous keys of all subjects, sorted."""
-        return tuple(sorted({run.subject for run in self.runs}))
+        """Pseudonymous keys of all subjects whose data are there, sorted."""
+        return tuple(sorted({run.subject for run in self.runs if run.present}))
 
     @property
     def cohorts(self) -> tuple[str, ...]:
@@ -219,6 +219,26 @@ class Store:
         """`framewise_displacement` (mm), `censored` or `non_steady_state` (0, 1) of a run, (frames,); None if not known."""
         run = self.runs[run_index]
         return self._row(name, run_index)[: run.frames] if run.confounds else None
+
+    def censored(self, run_index: int, displacement_mm: float | None = None) -> npt.NDArray[np.bool_] | None:
+        """Frames of a run that its confounds censor, or call non-steady, (frames,) bool; None if not known.
+
+        Args:
+            run_index: place of the run in `runs`.
+            displacement_mm: framewise displacement above which a frame counts as censored too; not looked at when None.
+        """
+        flags = [self.frame_values(name, run_index) for name in ("censored", "non_steady_state")]
+        found = np.zeros(self.runs[run_index].frames, dtype=np.bool_)
+        for one in flags:
+            if one is None or (one == layout.UNKNOWN).all():
+                return None
+            found |= one == 1
+        if displacement_mm is not None:
+            moved = self.frame_values("framewise_displacement", run_index)
+            if moved is None or np.isnan(moved).all():
+                return None
+            found |= moved > displacement_mm  # The first frame has no displacement: NaN is above nothing.
+        return found
 
     def labels(self) -> tuple[dict[str, str | None], ...]:
         """Columns of the label table for each run, joined on the keys that the table has; read from the file of ids."""

@@ -12,6 +12,7 @@ from swiftv2.engine.backend import Backend
 from swiftv2.engine.collective import on_first
 from swiftv2.engine.launch import World
 from swiftv2.engine.manifest import check_hashes, check_sizes, write_manifest
+from swiftv2.engine.stream import Exclusion
 from swiftv2.errors import SwiftError
 from swiftv2.files import read_json, sync, write_file
 
@@ -35,7 +36,7 @@ class TrainerState:
     best_metric: str | None = None
     best_value: float | None = None
     best_step: int | None = None
-    exclusions: list[Any] = field(default_factory=list)
+    exclusions: list[Exclusion] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

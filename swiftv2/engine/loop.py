@@ -3,25 +3,25 @@
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from swiftv2.config.engine import ScheduleConfig, TrainConfig
 from swiftv2.engine.backend import Backend, StepResult
 from swiftv2.engine.checkpoint import TrainerState, load_newest, prune, save_checkpoint
-from swiftv2.engine.collective import on_first
+from swiftv2.engine.collective import gather, on_first
 from swiftv2.engine.launch import World
 from swiftv2.engine.meter import Meter
 from swiftv2.engine.progress import ProgressLine
 from swiftv2.engine.rundir import RunDirectory
 from swiftv2.engine.schedule import learning_rate
 from swiftv2.engine.signals import STOPPED_EARLY, StopRequest
+from swiftv2.engine.stream import Exclusion, Stream
 from swiftv2.errors import SwiftError
 
 Evaluate = Callable[[int], Mapping[str, float]]
-Batches = Callable[[int], Iterator[Any]]
+Batches = Callable[[int, list[Exclusion]], Stream]
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def fit(
         backend: module, optimizer and how a step is computed.
         world: this process among the ranks.
         run: the opened run directory.
-        batches: given the clips that the whole run has consumed, an iterator over this rank's micro-batches from there
-            on, on this rank's device. Only its `next` is timed as waiting for data.
+        batches: given the clips that the whole run has consumed and the exclusions of its checkpoint, this rank's
+            micro-batches from there on.
         train: steps, batch, and what happens every how many steps.
         schedule: learning rate over steps.
         peak_lr: its peak.
@@ -83,26 +83,30 @@ def fit(
     values: dict[str, float] = {}
     saved: Path | None = None
     stopped = False
-    iterator = batches(state.samples)
+    stream = batches(state.samples, state.exclusions)
+    state = replace(state, exclusions=stream.exclusions)
     with (
         StopRequest(world) as request,
         ProgressLine(world, state.step, train.max_steps) as progress,
-        _closing(iterator),
+        contextlib.closing(stream),
     ):
         _announce(progress, run, state, world)
         for step in range(state.step + 1, train.max_steps + 1):
             rate = learning_rate(step, schedule, peak_lr, train.max_steps)
             meter.begin()
-            result = _step(backend, iterator, rate, meter)
+            result = _step(backend, stream, rate, meter)
             meter.end()
             state = replace(state, step=step, samples=state.samples + train.global_batch)
-            values = _values(result, rate, meter, step)
+            values = _values(result, rate, meter, step) | {"clips_left_out": float(len(state.exclusions))}
             if result.skipped:
                 run.event("skipped", step, loss=result.loss, gradient_norm=result.grad_norm)
                 progress.note(f"step {step} skipped: its gradient is not finite")
 
             last = step == train.max_steps
-            stopped = request.agreed() and not last
+            agreed = request.agreed(news=stream.faulty())
+            stopped = agreed.stop and not last
+            if agreed.news:
+                state = _leave_out(stream, run, state, world, progress)
             improved = False
             if evaluate is not None and not stopped and (last or step % train.evaluate_every == 0):
                 scores = evaluate(step)
@@ -110,7 +114,7 @@ def fit(
                 improved = best_metric is not None and _is_better(scores.get(best_metric), state.best_value)
                 if improved:
                     state = replace(state, best_metric=best_metric, best_value=scores[str(best_metric)], best_step=step)
-                stopped = request.agreed() and not last
+                stopped = request.agreed().stop and not last
             if last or stopped or improved or result.skipped or step % train.log_every == 0:
                 run.metrics(step, values)
             progress.update(step, values)
@@ -156,19 +160,20 @@ def _resume(
         best_metric=former.best_metric,
         best_value=former.best_value,
         best_step=former.best_step,
-        exclusions=former.exclusions,
+        exclusions=[(clip, position) for clip, position in former.exclusions],
     )
 
 
-@contextlib.contextmanager
-def _closing(iterator: Iterator[Any]) -> Iterator[None]:
-    """End what reads ahead behind an iterator, where there is anything."""
-    try:
-        yield
-    finally:
-        close = getattr(iterator, "close", None)
-        if close is not None:
-            close()
+def _leave_out(stream: Stream, run: RunDirectory, state: TrainerState, world: World, progress: ProgressLine) -> TrainerState:
+    """Let all ranks leave out what any of them found of no use, and note it."""
+    found = {fault["clip"]: fault for faults in gather(stream.faults(), world) for fault in faults}
+    known = {clip for clip, _ in state.exclusions}
+    for clip, fault in sorted(found.items()):
+        if clip not in known:
+            run.event("quarantined", state.step, **fault)
+            progress.note(f"step {state.step}: a clip of run {fault.get('run', '')} is left out from here on")
+    stream.exclude([(fault["clip"], fault["position"]) for fault in found.values()])
+    return replace(state, exclusions=stream.exclusions)
 
 
 def _announce(progress: ProgressLine, run: RunDirectory, state: TrainerState, world: World) -> None:
@@ -177,11 +182,11 @@ def _announce(progress: ProgressLine, run: RunDirectory, state: TrainerState, wo
     progress.note(f"{run.path}: {begin}, attempt {run.attempt}, {ranks}, {state.layout}")
 
 
-def _step(backend: Backend, iterator: Iterator[Any], rate: float, meter: Meter) -> StepResult:
+def _step(backend: Backend, stream: Stream, rate: float, meter: Meter) -> StepResult:
     for _ in range(backend.accumulation):
         asked = time.perf_counter()
         try:
-            batch = next(iterator)
+            batch = next(stream)
         except StopIteration as error:
             raise SwiftError("the batches ended before train.max_steps: the loader must go on over epochs") from error
         meter.waited(time.perf_counter() - asked)

@@ -35,13 +35,17 @@ class Meter:
         self._last_end = now
 
     def values(self, step: int) -> dict[str, float]:
-        """Figures after a step: `clips_per_second`, `data_wait` (share of the time), `step_seconds`, `seconds_left`."""
+        """Figures after a step.
+
+        `clips_per_second`, `data_wait` (share of the time), `data_wait_seconds` (of this step), `step_seconds`, `seconds_left`.
+        """
         total = sum(seconds for seconds, _ in self._steps)
         mean = total / len(self._steps)
         pace = sum(self._between) / len(self._between) if self._between else mean
         return {
             "clips_per_second": self.clips_per_step / mean,
             "data_wait": sum(waited for _, waited in self._steps) / total,
+            "data_wait_seconds": self._steps[-1][1],
             "step_seconds": mean,
             "seconds_left": pace * (self.max_steps - step),
         }

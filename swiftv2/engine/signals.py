@@ -2,7 +2,7 @@
 
 import signal
 from types import FrameType, TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,15 @@ from swiftv2.engine.launch import World
 STOPPED_EARLY = 75  # EX_TEMPFAIL: state is saved, run me again
 
 _INTERRUPTS_BEFORE_GIVING_UP = 3
+
+
+class Agreed(NamedTuple):
+    """What all ranks know at a step's boundary."""
+
+    stop: bool
+    """Whether any of them was asked to stop."""
+    news: bool
+    """Whether any of them has something to tell."""
 
 
 class StopRequest:
@@ -32,13 +41,18 @@ class StopRequest:
         """The signal that asked, on this rank or, once agreed, on any; None while nobody has."""
         return signal.Signals(self._number).name if self._number else None
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop (collective)."""
+    def agreed(self, *, news: bool = False) -> Agreed:
+        """Whether any rank was asked to stop, and whether any has news for the others (collective).
+
+        Args:
+            news: whether this rank has any.
+        """
+        told = int(news)
         if self._world.size > 1:
-            number = torch.tensor(self._number, device=self._world.device)
-            dist.all_reduce(number, op=dist.ReduceOp.MAX)
-            self._number = int(number.item())
-        return self._number > 0
+            numbers = torch.tensor([self._number, told], device=self._world.device)
+            dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+            self._number, told = numbers.tolist()
+        return Agreed(self._number > 0, bool(told))
 
     def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):

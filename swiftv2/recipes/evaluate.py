@@ -9,15 +9,14 @@ import torch
 import torch.distributed as dist
 
 from swiftv2.config.pretrain import PretrainConfig
-from swiftv2.data.batch import RunTable
 from swiftv2.data.batches import evaluation_batches
-from swiftv2.data.clips import ClipIndex
 from swiftv2.data.masks import brain_ratio
-from swiftv2.data.store import Store
 from swiftv2.engine.collective import on_first
 from swiftv2.engine.launch import World
+from swiftv2.errors import SwiftError
 from swiftv2.files import write_file
 from swiftv2.recipes.baselines import METHODS, MODEL, CohortScore, FluctuationScore, time_interpolation, visible_mean
+from swiftv2.recipes.data import Data
 from swiftv2.recipes.objective import Objective
 
 REPORT = "evaluation.json"
@@ -30,18 +29,15 @@ class HeldOut:
     Every call writes `evaluation.json` into the run directory and returns the values that are logged.
     """
 
-    def __init__(
-        self, config: PretrainConfig, store: Store, clips: ClipIndex, objective: Objective, world: World, run_dir: Path
-    ) -> None:
-        self.config, self.store, self.clips = config, store, clips
+    def __init__(self, config: PretrainConfig, data: Data, objective: Objective, world: World, run_dir: Path) -> None:
+        self.config, self.data = config, data
         self.objective, self.world, self.run_dir = objective, world, run_dir
-        self.table = RunTable(store.runs)
 
     def __call__(self, step: int) -> dict[str, float]:
         """Score the model and both baselines on the held-out clips (collective)."""
         was_training = self.objective.training
         self.objective.eval()
-        loss, share, scores = self._score()
+        loss, share, left_out, scores = self._score()
         self.objective.train(was_training)
         report = scores.report(self.config.run.seed)
         groups = {name: dataclasses.asdict(score) for name, score in report.items()}
@@ -50,6 +46,7 @@ class HeldOut:
             "split": self.config.evaluate.split,
             "loss": loss,
             "hidden_share_of_brain": share,
+            "clips_left_out": left_out,
         }
         kind = self.config.loss.kind
         content |= {"loss_kind": kind, "distance": "l2" if kind == "l2" else "l1"}
@@ -60,17 +57,17 @@ class HeldOut:
         return {"heldout/loss": loss, **{k: v for name, score in report.items() for k, v in _flat(name, score).items()}}
 
     @torch.no_grad()
-    def _score(self) -> tuple[float, float, FluctuationScore]:
-        """Loss and hidden share of the brain, averaged over held-out clips, and sums for R2 of every method (collective)."""
+    def _score(self) -> tuple[float, float, int, FluctuationScore]:
+        """Mean loss and hidden share of the brain over held-out clips, how many are of no use, sums for R2 (collective)."""
         config, world = self.config, self.world
         # Per-voxel scaling hands the model each voxel's mean over the run: then that mean is a baseline too.
         knows_run_mean = config.data.normalisation.kind == "per_voxel" and config.data.normalisation.scope == "run"
         methods = (*METHODS, RUN_MEAN) if knows_run_mean else METHODS
-        scores = FluctuationScore(self.table.cohort_of_subject, self.table.cohort_names, methods)
-        total = torch.zeros(3, dtype=torch.float64)
+        scores = FluctuationScore(self.data.table.cohort_of_subject, self.data.table.cohort_names, methods)
+        total = torch.zeros(4, dtype=torch.float64)
         batches = evaluation_batches(
-            self.store,
-            self.clips,
+            self.data.store,
+            self.data.heldout,
             config.mask,
             config.data.normalisation,
             seed=config.run.seed,
@@ -80,6 +77,9 @@ class HeldOut:
             world_size=world.size,
             threads=config.data.threads,
             prefetch=config.data.prefetch,
+            prefetch_mb=config.data.prefetch_mb,
+            on_bad_clip=config.data.on_bad_clip,
+            left_out=self.data.withdrawn_heldout,
         )
         with batches:
             for cpu_batch in batches:
@@ -96,12 +96,15 @@ class HeldOut:
                     predictions[RUN_MEAN] = torch.zeros_like(signal)
                 scores.update(predictions, signal, counted, batch.subject, batch.weight)
                 parts = (batch.weight, losses * batch.weight, brain_ratio(hidden, batch.brain) * batch.weight)
-                total += torch.stack([part.sum() for part in parts]).double().cpu()
+                total[:3] += torch.stack([part.sum() for part in parts]).double().cpu()
+            total[3] = len(batches.faults())
         sums = torch.cat((total, scores.totals.flatten())).to(world.device)
         if world.size > 1:
             dist.all_reduce(sums)
-        scores.totals = sums[3:].view_as(scores.totals).cpu()
-        return float(sums[1] / sums[0]), float(sums[2] / sums[0]), scores
+        scores.totals = sums[4:].view_as(scores.totals).cpu()
+        if not sums[0]:
+            raise SwiftError("no held-out clip can be used: `swiftv2 store verify` tells what is damaged")
+        return float(sums[1] / sums[0]), float(sums[2] / sums[0]), int(sums[3]), scores
 
 
 def _flat(group: str, score: CohortScore) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,48 +11,45 @@ from safetensors.torch import load_file
 from swiftv2 import weights
 from swiftv2.config.load import load
 from swiftv2.config.pretrain import PretrainConfig
-from swiftv2.data.clips import ClipIndex
 from swiftv2.data.splits import Splits
 from swiftv2.data.store import Store
 from swiftv2.engine.backend import WEIGHTS
 from swiftv2.engine.checkpoint import latest, list_checkpoints, verify_checkpoint
 from swiftv2.errors import SwiftError
 from swiftv2.files import read_json, write_file
+from swiftv2.recipes.data import CONTRACT, Data
 
-CONTRACT = "contract.json"
 PREFIX = "simmim."
 
 
-def write_contract(run_dir: Path, config: PretrainConfig, store: Store, splits: Splits, clips: ClipIndex) -> None:
-    """Leave in the run directory what exported weights must say of their data; a resumed run must find the same data.
+def write_contract(run_dir: Path, config: PretrainConfig, data: Data) -> None:
+    """Leave in the run directory what a resumed run and exported weights must know of their data; written once.
 
-    It holds the input contract, the store's version and fingerprint, and the salted hashes of the training subjects
-    (null where the store's file of ids may not be read).
-
-    Raises:
-        SwiftError: the run was begun on a store of other content.
+    It holds the input contract, store and version, the subjects of each part by pseudonymous key, and the salted hashes of
+    the training subjects (null where the store's file of ids may not be read).
     """
     path = run_dir / CONTRACT
     if path.exists():
-        known = read_json(path)["store"]["fingerprint"]
-        if known != store.fingerprint:
-            raise SwiftError(
-                f"{run_dir} was begun on another store, or another version of it, than {store.path}: "
-                "give the former one as data.store, or another run.dir"
-            )
         return
+    store, splits = data.store, data.splits
     content = {
-        "input": input_contract(config, store, clips).model_dump(mode="json"),
-        "store": {"version": store.version, "fingerprint": store.fingerprint, "generated": store.generated},
+        "input": input_contract(config, data).model_dump(mode="json"),
+        "store": {
+            "id": store.attributes["store_id"],
+            "version": data.version,
+            "fingerprint": store.fingerprint,
+            "generated": store.generated,
+        },
+        "splits": asdict(splits),
         "subjects": _hashes(store, splits),
     }
     write_file(path, json.dumps(content, indent=1) + "\n")
 
 
-def input_contract(config: PretrainConfig, store: Store, clips: ClipIndex) -> weights.InputContract:
+def input_contract(config: PretrainConfig, data: Data) -> weights.InputContract:
     """What a model trained on these clips expects as input."""
-    times = {round(float(store.runs[i].tr), 3) for i in set(clips.run.tolist())}
-    grid = store.grid
+    times = {config.clip.target_tr or round(float(data.store.runs[i].tr), 3) for i in set(data.train.run.tolist())}
+    grid = data.store.grid
     return weights.InputContract(
         orientation=grid.orientation,
         space=grid.space,
@@ -61,7 +59,7 @@ def input_contract(config: PretrainConfig, store: Store, clips: ClipIndex) -> we
         frames=config.clip.frames,
         stride_within=config.clip.stride_within,
         normalisation=config.data.normalisation,
-        mask="box" if len(store.voxels) == grid.size else "template",
+        mask="box" if len(data.store.voxels) == grid.size else "template",
     )
 
 

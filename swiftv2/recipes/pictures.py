@@ -13,11 +13,11 @@ from torch import Tensor
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.data.batch import Batch
 from swiftv2.data.batches import evaluation_batches
-from swiftv2.data.clips import ClipIndex
 from swiftv2.data.normalise import scaling
 from swiftv2.data.store import Store
 from swiftv2.files import write_file
 from swiftv2.recipes.baselines import time_interpolation
+from swiftv2.recipes.data import Data
 from swiftv2.recipes.objective import Objective
 
 Floats = NDArray[np.float32]
@@ -28,7 +28,7 @@ COURSES = 3
 
 @torch.no_grad()
 def save_reconstruction(
-    config: PretrainConfig, store: Store, clips: ClipIndex, objective: Objective, device: torch.device, folder: Path
+    config: PretrainConfig, data: Data, objective: Objective, device: torch.device, folder: Path
 ) -> Path | None:
     """Write `reconstruction.npz` for the first held-out clip; called by one rank.
 
@@ -36,21 +36,32 @@ def save_reconstruction(
 
     Args:
         config: the whole configuration.
-        store: the store.
-        clips: clips of the held-out subjects.
+        data: the store and its held-out clips.
         objective: the trained objective.
         device: where it lies.
         folder: where the file goes.
 
     Returns:
-        Path of the file; None where nothing may be drawn.
+        Path of the file; None where nothing may be drawn, or the clip cannot be used.
     """
+    store, gone = data.store, data.withdrawn_heldout
     if not (store.generated or config.evaluate.draw_subjects):
         return None
     with evaluation_batches(
-        store, clips, config.mask, config.data.normalisation, seed=config.run.seed, batch=1, max_clips=1, threads=1
+        store,
+        data.heldout,
+        config.mask,
+        config.data.normalisation,
+        seed=config.run.seed,
+        batch=1,
+        max_clips=1 + len(gone),
+        threads=1,
+        on_bad_clip=config.data.on_bad_clip,
+        left_out=gone,
     ) as batches:
         batch: Batch = next(iter(batches)).to(device)
+    if not batch.weight.any():
+        return None
     objective.eval()
     _, signal, reconstruction = objective.clip_losses(batch)
     hidden = objective.hidden(batch)

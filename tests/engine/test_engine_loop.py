@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from swiftv2.engine.checkpoint import latest, list_checkpoints, load_newest, ver
 from swiftv2.engine.launch import World
 from swiftv2.engine.loop import FitResult, fit
 from swiftv2.engine.rundir import RunDirectory, read_lines, read_metrics
+from swiftv2.engine.stream import Exclusion, Stream
 from swiftv2.errors import SwiftError
 
 sys.path.insert(0, str(Path(__file__).parent / "workers"))
-from toy import DECAY, Toy, batches
+from toy import DECAY, Batches, Micro, Toy, batches
 
+Micros = Generator[Micro, None, None]
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 ENGINE = EngineConfig(backend="plain", device="cpu")
 
@@ -32,11 +34,12 @@ def _backend() -> Backend:
     return build_backend(ENGINE, OptimizerConfig(lr=1e-2), Toy(), DECAY, ALONE, 8, 1)
 
 
-def _stream(samples: int) -> Iterator[Any]:
+def _stream(samples: int, exclusions: list[Exclusion]) -> Batches:
+    assert not exclusions
     return batches(samples, ALONE, 1)
 
 
-def _fit(path: Path, max_steps: int, stream: Callable[[int], Iterator[Any]] = _stream, **options: Any) -> FitResult:
+def _fit(path: Path, max_steps: int, stream: Callable[[int, list[Exclusion]], Stream] = _stream, **options: Any) -> FitResult:
     steps = {"save_every": 4, "evaluate_every": 2} | options.pop("train", {})
     with RunDirectory.open(path, f"train: {{max_steps: {max_steps}}}\n", ALONE) as run:
         return fit(
@@ -194,11 +197,14 @@ def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_stops_after_the_step_and_the_run_goes_on(finished: Path, tmp_path: Path, number: signal.Signals) -> None:
-    def interrupted(samples: int) -> Iterator[Any]:
-        for index, batch in enumerate(_stream(samples)):
-            if index == 2:
-                os.kill(os.getpid(), number)
-            yield batch
+    def interrupted(samples: int, exclusions: list[Exclusion]) -> Batches:
+        def some() -> Micros:
+            for index, batch in enumerate(_stream(samples, exclusions)):
+                if index == 2:
+                    os.kill(os.getpid(), number)
+                yield batch
+
+        return Batches(some())
 
     former = signal.getsignal(number)
     result = _fit(tmp_path, 8, interrupted)
@@ -211,9 +217,12 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on(finished: Path, tmp_p
 
 
 def test_a_poisoned_batch_is_skipped_and_written_down(tmp_path: Path) -> None:
-    def poisoned(samples: int) -> Iterator[Any]:
-        for index, (inputs, targets) in enumerate(_stream(samples)):
-            yield inputs, targets * float("nan") if index == 3 else targets
+    def poisoned(samples: int, exclusions: list[Exclusion]) -> Batches:
+        def some() -> Micros:
+            for index, (inputs, targets) in enumerate(_stream(samples, exclusions)):
+                yield inputs, targets * float("nan") if index == 3 else targets
+
+        return Batches(some())
 
     _fit(tmp_path, 6, poisoned)
     rows = {row["step"]: row for row in read_metrics(tmp_path / "metrics.jsonl")}
@@ -226,17 +235,58 @@ def test_a_poisoned_batch_is_skipped_and_written_down(tmp_path: Path) -> None:
 def test_batches_that_end_are_an_error_and_are_closed(tmp_path: Path) -> None:
     closed = []
 
-    def short(samples: int) -> Iterator[Any]:
-        stream = _stream(samples)
-        try:
-            yield next(stream)
-            yield next(stream)
-        finally:
-            closed.append(True)
+    def short(samples: int, exclusions: list[Exclusion]) -> Batches:
+        def some() -> Micros:
+            stream = _stream(samples, exclusions)
+            try:
+                yield next(stream)
+                yield next(stream)
+            finally:
+                closed.append(True)
+
+        return Batches(some())
 
     with pytest.raises(SwiftError, match="the batches ended before"):
         _fit(tmp_path, 5, short)
     assert closed == [True]
+
+
+class Leaky(Batches):
+    """Finds the sample 5 of no use in the step that ends at position 24; takes what is agreed."""
+
+    def __init__(self, micro_batches: Micros, exclusions: list[Exclusion]) -> None:
+        super().__init__(micro_batches)
+        self.exclusions = [(clip, position) for clip, position in exclusions]
+        self._handed = 0
+
+    def __next__(self) -> Micro:
+        self._handed += 1
+        return super().__next__()
+
+    def faulty(self) -> bool:
+        return self._handed == 3
+
+    def faults(self) -> list[dict[str, Any]]:
+        return [{"clip": 5, "position": 16, "run": "r05", "reason": "the checksum fails"}] if self.faulty() else []
+
+    def exclude(self, exclusions: Sequence[Exclusion]) -> None:
+        self.exclusions += exclusions
+
+
+def test_what_is_of_no_use_is_written_down_counted_and_kept_by_checkpoints(tmp_path: Path) -> None:
+    begun: list[list[Exclusion]] = []
+
+    def leaky(samples: int, exclusions: list[Exclusion]) -> Batches:
+        begun.append(exclusions)
+        return Leaky(batches(samples, ALONE, 1)._micro_batches, exclusions)
+
+    _fit(tmp_path, 5, leaky)
+    told = [e for e in read_lines(tmp_path / "events.jsonl") if e["event"] == "quarantined"]
+    assert [(e["step"], e["clip"], e["position"], e["run"]) for e in told] == [(3, 5, 16, "r05")]
+    counts = {row["step"]: row["clips_left_out"] for row in read_metrics(tmp_path / "metrics.jsonl")}
+    assert counts == {1: 0, 2: 0, 3: 0, 4: 1, 5: 1}
+    _fit(tmp_path, 6, leaky)
+    assert begun == [[], [(5, 16)]]
 
 
 def test_another_seed_is_another_run(finished: Path, tmp_path: Path) -> None:

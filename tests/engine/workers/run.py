@@ -31,7 +31,7 @@ def main() -> int:
             backend=backend,
             world=world,
             run=run,
-            batches=lambda samples: batches(samples, world, accumulation, options.get("seconds", 0.0)),
+            batches=lambda samples, _: batches(samples, world, accumulation, options.get("seconds", 0.0)),
             train=train,
             schedule=schedule,
             peak_lr=optimizer.lr,

@@ -1,7 +1,8 @@
 """A module small enough to train in milliseconds, and its batches, drawn by key as real ones are."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -42,8 +43,40 @@ def sample(index: int) -> tuple[np.ndarray, np.ndarray]:
     return inputs, np.tanh(inputs @ teacher)
 
 
-def batches(samples: int, world: World, accumulation: int, seconds: float = 0.0) -> Iterator[Micro]:
+class Batches:
+    """Micro-batches as the loop wants them; nothing is ever of no use."""
+
+    exclusions: list[tuple[int, int]]
+
+    def __init__(self, micro_batches: Generator[Micro, None, None]) -> None:
+        self.exclusions = []
+        self._micro_batches = micro_batches
+
+    def __next__(self) -> Micro:
+        return next(self._micro_batches)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def faulty(self) -> bool:
+        return False
+
+    def faults(self) -> list[dict[str, Any]]:
+        return []
+
+    def exclude(self, exclusions: Sequence[tuple[int, int]]) -> None:
+        raise AssertionError(exclusions)
+
+    def close(self) -> None:
+        self._micro_batches.close()
+
+
+def batches(samples: int, world: World, accumulation: int, seconds: float = 0.0) -> Batches:
     """This rank's micro-batches from a position in the order on."""
+    return Batches(_micro_batches(samples, world, accumulation, seconds))
+
+
+def _micro_batches(samples: int, world: World, accumulation: int, seconds: float) -> Generator[Micro, None, None]:
     share = GLOBAL_BATCH // (world.size * accumulation)
     while True:
         for micro in range(accumulation):

@@ -1,0 +1,178 @@
+"""Opening a store for a run: which subjects, which clips, which cohorts; the same again whenever the run goes on."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swiftv2.config.pretrain import PretrainConfig
+from swiftv2.data.batch import RunTable
+from swiftv2.data.clips import ClipIndex, check_repetition_times, index_clips, select_runs
+from swiftv2.data.mixing import Mixture
+from swiftv2.data.order import Exclusion, SampleOrder
+from swiftv2.data.splits import Splits, split_subjects
+from swiftv2.data.store import Store
+from swiftv2.errors import SwiftError, UsageError
+from swiftv2.files import read_json
+
+CONTRACT = "contract.json"
+"""What a run directory keeps of its data."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The opened store with the clips of the training and the held-out subjects.
+
+    Attributes:
+        store: as it is now.
+        version: of the store that the run was begun on; clips are numbered by it.
+        splits: subjects of each part.
+        train, heldout: their clips, those of runs that were withdrawn since included, so that numbers stay.
+        table: what batches say of runs.
+        mixture: how cohorts are mixed; None for proportional.
+        withdrawn_train, withdrawn_heldout: clips whose data are gone.
+    """
+
+    store: Store
+    version: int
+    splits: Splits
+    train: ClipIndex
+    heldout: ClipIndex
+    table: RunTable
+    mixture: Mixture | None
+    withdrawn_train: tuple[int, ...]
+    withdrawn_heldout: tuple[int, ...]
+
+    def order(self, seed: int, samples: int, exclusions: list[Any]) -> SampleOrder:
+        """The order of training samples of a run that goes on after so many samples.
+
+        What was withdrawn since is excluded from there on.
+
+        Args:
+            seed: of the run.
+            samples: consumed so far.
+            exclusions: (clip, position) pairs of the checkpoint.
+        """
+        known = [Exclusion(int(clip), int(position)) for clip, position in exclusions]
+        gone = [Exclusion(clip, samples) for clip in self.withdrawn_train]
+        return SampleOrder(seed, len(self.train), [*known, *gone], self.mixture)
+
+    def composition(self, order: SampleOrder, epoch: int) -> dict[str, int]:
+        """Samples of each cohort in an epoch, by name."""
+        counted = order.composition(self.table.cohort[self.train.run], epoch)
+        return {self.table.cohort_names[place]: count for place, count in counted.items()}
+
+    def facts(self) -> dict[str, Any]:
+        """What the run's events tell of its data."""
+        chosen = sorted(set(self.train.run.tolist()))
+        return {
+            "store": self.store.attributes["store_id"],
+            "store_version": self.version,
+            "store_version_now": self.store.version,
+            "runs": len(chosen),
+            "subjects": {"train": len(self.splits.train), "val": len(self.splits.val), "test": len(self.splits.test)},
+            "unassigned_subjects": len(self.splits.unassigned),
+            "clips": {"train": len(self.train), "heldout": len(self.heldout)},
+            "tr": dict(Counter(f"{self.store.runs[i].tr:g}" for i in chosen)),
+            "withdrawn_clips": {"train": len(self.withdrawn_train), "heldout": len(self.withdrawn_heldout)},
+            "too_short": list(self.train.too_short + self.heldout.too_short),
+        }
+
+
+def open_data(config: PretrainConfig, run_dir: Path | None = None) -> Data:
+    """Open the store and cut it into clips.
+
+    Args:
+        config: of the run.
+        run_dir: where the run lives; one that was begun gets the subjects and the numbers of clips that it began with,
+            whatever was appended to the store or withdrawn from it since.
+
+    Raises:
+        SwiftError: the store is missing, unfinished, damaged, or another one than the run was begun on.
+        UsageError: grid, repetition times, splits or clips do not fit the configuration.
+    """
+    store = Store.open(config.data.store)
+    if tuple(store.grid.shape) != config.model.image_size:
+        raise UsageError(
+            f"model.image_size={list(config.model.image_size)} is not the grid of {config.data.store}, "
+            f"{list(store.grid.shape)}: set model.image_size or build the store with another grid.voxel_mm"
+        )
+    begun = _begun(run_dir, store)
+    version = store.version if begun is None else int(begun["store"]["version"])
+    splits = _split(config, store) if begun is None else Splits(**{name: tuple(v) for name, v in begun["splits"].items()})
+    chosen = [
+        select_runs(store.runs, subjects, config.data.cohorts, version)
+        for subjects in (splits.train, splits.part(config.evaluate.split))
+    ]
+    for part, runs in zip(("train", config.evaluate.split), chosen, strict=True):
+        if not len(runs):
+            raise UsageError(f"no run of the store is in the part {part}: check data.split and data.cohorts")
+    every = [int(i) for runs in chosen for i in runs]
+    together = config.data.allow_mixed_tr or config.clip.target_tr is not None
+    check_repetition_times([store.runs[i].tr for i in every], together)
+    _check_cleaned(config, store, every)
+
+    def censored(index: int) -> Any:
+        return store.censored(index, config.clip.displacement_mm)
+
+    train, heldout = (index_clips(store.runs, config.clip, runs, allow_mixed_tr=True, censored=censored) for runs in chosen)
+    table = RunTable(store.runs)
+    mixture = Mixture.make(config.data.mixing, table.cohort_names, table.cohort[train.run])
+    gone = [_withdrawn(store, clips) for clips in (train, heldout)]
+    return Data(store, version, splits, train, heldout, table, mixture, *gone)
+
+
+def _begun(run_dir: Path | None, store: Store) -> dict[str, Any] | None:
+    """What a run that was begun noted of its data.
+
+    Raises:
+        SwiftError: it was begun on another store, or on a version of which this store is no later one.
+    """
+    if run_dir is None or not (run_dir / CONTRACT).exists():
+        return None
+    contract: dict[str, Any] = read_json(run_dir / CONTRACT)
+    former = contract["store"]
+    known = {int(one["version"]): one["runs_sha256"] for one in store.attributes["history"]}
+    if former["id"] != store.attributes["store_id"] or known.get(former["version"]) != former["fingerprint"]:
+        raise SwiftError(
+            f"{run_dir} was begun on another store than {store.path}: give the former one, or a later version of it, "
+            "as data.store, or another run.dir"
+        )
+    return contract
+
+
+def _split(config: PretrainConfig, store: Store) -> Splits:
+    families = _families(store) if config.data.split.families and config.data.split.file is None else {}
+    ids = store.subject_ids() if config.data.split.file else None
+    return split_subjects(config.data.split, store.subject_keys, ids=ids, families=families)
+
+
+def _families(store: Store) -> dict[str, str]:
+    """Family of each subject, by pseudonymous keys, where the label table names one."""
+    try:
+        labels = store.labels()
+    except SwiftError as error:
+        raise SwiftError(f"{error}; data.split.families=false splits without knowing families") from error
+    pairs = zip(store.runs, labels, strict=True)
+    return {run.subject: f"{run.cohort}/{row['family_id']}" for run, row in pairs if row.get("family_id")}
+
+
+def _check_cleaned(config: PretrainConfig, store: Store, runs: list[int]) -> None:
+    """Refuse cleaned runs where their scaling would mean something else than that of others.
+
+    Raises:
+        UsageError: they meet others, or are scaled by one mean over all voxels, without leave.
+    """
+    cleaned = sum(store.runs[i].cleaned for i in runs)
+    if not cleaned or config.data.allow_cleaned or config.data.normalisation.kind == "per_voxel":
+        return
+    what = "all runs are" if cleaned == len(runs) else f"{cleaned} of {len(runs)} runs are"
+    raise UsageError(
+        f"{what} cleaned already (their voxels' means are about zero), so data.normalisation.kind="
+        f"{config.data.normalisation.kind} scales them by their fluctuation and not by their image: "
+        "use per_voxel, choose other data.cohorts, or say data.allow_cleaned=true"
+    )
+
+
+def _withdrawn(store: Store, clips: ClipIndex) -> tuple[int, ...]:
+    return tuple(clip for clip, run in enumerate(clips.run.tolist()) if store.runs[run].withdrawn)
