@@ -2,10 +2,13 @@ import json
 import pickle
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from ranks import swiftv2_run
 from store_files import GRID, bold_values, contents, save_run
 
 from swiftv2.data import layout
@@ -13,7 +16,8 @@ from swiftv2.data.build import build
 from swiftv2.data.contents import info
 from swiftv2.data.store import Store
 from swiftv2.data.verify import verify
-from swiftv2.errors import SwiftError
+from swiftv2.errors import SwiftError, UsageError
+from swiftv2.files import sha256
 
 FRAMES = 24
 
@@ -115,6 +119,128 @@ def test_ids_open_to_others_are_reported(store: Path) -> None:
     assert [key for key, _ in verify(store).bad] == ["store"]
 
 
+def change_index(store: Path, edit: Callable[[list[dict[str, Any]]], object]) -> None:
+    """Edit the lines of the index and make the store whole again."""
+    metadata = json.loads((store / "zarr.json").read_text())
+    attributes = metadata["attributes"]["swiftv2"]
+    index = store / attributes["index"]
+    lines = [json.loads(line) for line in index.read_text().splitlines()]
+    edit(lines)
+    index.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    attributes["runs_sha256"] = sha256(index)
+    (store / "zarr.json").write_text(json.dumps(metadata))
+
+
+def withdraw(lines: list[dict[str, Any]], place: int = 1) -> None:
+    """Make a tombstone of a line, and leave the data to be found."""
+    lines[place] |= {
+        "withdrawn": 1,
+        "statistics": [0.0] * 6,
+        "slope": 0.0,
+        "brain_voxels": 0,
+        "coverage": 0.0,
+        "max_error": 0.0,
+    }
+    lines[place] |= {"source_shape": [], "source_affine": [], "source_sha256": "", "bytes": 0}
+
+
+def test_data_of_a_withdrawn_run_are_found(store: Path) -> None:
+    run = Store.open(store).runs[1]
+    change_index(store, withdraw)
+    bad = verify(store).bad
+    assert {key for key, _ in bad} == {run.key}
+    texts = " ".join(text for _, text in bad)
+    for left in (
+        "bold/int16/c.1.0.0",
+        "row of voxel_mean",
+        "row of voxel_std",
+        "row of brain",
+        "subjects.json",
+        "build_report.jsonl",
+    ):
+        assert left in texts, left
+    assert all("swiftv2 store drop" in text for _, text in bad)
+
+
+def test_a_tombstone_that_still_tells_of_its_data_is_found(store: Path) -> None:
+    change_index(store, lambda lines: lines[0].update(withdrawn=1))
+    assert any("line of the index" in text for _, text in verify(store).bad)
+
+
+def test_what_does_not_belong_is_found(store: Path) -> None:
+    opened = Store.open(store)
+    shard = layout.bold_shards(store, "int16", 0)[0]
+    (store / "sub-ab12_notes.txt").write_text("mine")
+    shutil.copy(shard, shard.with_name("c.7.0.0"))  # a row of no run
+    (store / ".drop").mkdir()
+    (store / ".drop" / "plan.json").write_text("{}")
+    assert verify(store).bad == (
+        ("store", ".drop/ is left of a change that was interrupted: give the same `swiftv2 store drop` again"),
+        ("store", "1 files are no part of the store (sub-*_notes.txt): move them away"),
+        ("store", "1 files in bold/int16 are no part of the store (c.7.0.0): move them away"),
+    )
+    np.testing.assert_array_equal(opened.read_bold(0, 0, 3), Store.open(store).read_bold(0, 0, 3))
+
+
+def test_bytes_of_no_chunk_are_found(store: Path) -> None:
+    """As a rewrite in place would leave them: the shard's own table is sound and tells nothing of them."""
+    opened = Store.open(store)
+    shard = layout.bold_shards(store, "int16", 1)[0]
+    data = shard.read_bytes()
+    array = opened._arrays["bold/int16"]
+    footer = 16 * (array.shard_length // array.chunk_length) + 4
+    shard.write_bytes(data[:-footer] + b"left of another run" + data[-footer:])
+    small = store / "brain" / "c.0.0"
+    small.write_bytes(
+        small.read_bytes()[: -16 * layout.ROWS_PER_SHARD - 4] + b"left" + small.read_bytes()[-16 * layout.ROWS_PER_SHARD - 4 :]
+    )
+    texts = dict(verify(store).bad)
+    assert "bytes that belong to no row" in texts["store"]
+    assert opened.runs[1].key in texts
+
+
+def test_small_rows_of_no_run_are_read_too(store: Path) -> None:
+    """The shard that three runs share is damaged in the row of one: it is named, and the others are sound."""
+    run = Store.open(store).runs[2]
+    table = np.frombuffer((store / "voxel_std" / "c.0.0").read_bytes()[-16 * layout.ROWS_PER_SHARD - 4 : -4], "<u8").reshape(
+        -1, 2
+    )
+    offset, length = (int(n) for n in table[2])
+    path = store / "voxel_std" / "c.0.0"
+    data = bytearray(path.read_bytes())
+    data[offset + length // 2] ^= 1
+    path.write_bytes(bytes(data))
+    assert [key for key, _ in verify(store).bad] == [run.key]
+    change_index(store, lambda lines: lines.pop())
+    assert any("row 2 of voxel_std" in text for key, text in verify(store).bad if key == "store")
+
+
+def test_index_lines_that_make_no_sense_are_found(store: Path) -> None:
+    run = Store.open(store).runs[0]
+    change_index(store, lambda lines: lines[0]["statistics"].__setitem__(1, float("nan")))
+    assert any("not finite" in text for key, text in verify(store).bad if key == run.key)
+
+
+def test_workers_and_ranks_find_the_same(store: Path) -> None:
+    runs = Store.open(store).runs
+    damage(layout.bold_shards(store, "int16", 0)[0], 0.4)
+    damage(layout.bold_shards(store, "int16", 2)[0], 0.7)
+    damage(store / "brain" / "c.0.0", 0.0)
+    (store / "stray").write_bytes(b"")
+    alone = verify(store, workers=1)
+    assert {runs[0].key, runs[2].key, "store"} <= {key for key, _ in alone.bad}
+    assert not any("b'" in text or "\\x" in text for _, text in alone.bad), "no bytes of the files in messages"
+    seen: list[tuple[int, int, int, int]] = []
+    assert verify(store, lambda *state: seen.append(state), workers=2) == alone
+    assert seen[-1][:2] == (3, 3)
+    assert seen[-1][2] == seen[-1][3] == sum(run.bytes for run in runs)
+    done = swiftv2_run(["store", "verify", str(store), "--json"], ranks=2, launcher="mpiexec")
+    assert done.returncode == 1, done.stderr
+    assert json.loads(done.stdout)["bad"] == [list(pair) for pair in alone.bad]
+    with pytest.raises(UsageError, match="--workers"):
+        verify(store, workers=0)
+
+
 def test_reading_beyond_the_end_is_refused(store: Path) -> None:
     opened = Store.open(store)
     for start, frames, stride in ((0, FRAMES + 1, 1), (FRAMES - 3, 2, 3), (-1, 2, 1), (0, 0, 1)):
@@ -152,4 +278,29 @@ def test_info_counts(store: Path) -> None:
     assert facts["hours"] == pytest.approx(FRAMES * 4.8 / 3600, abs=1e-4)
     assert facts["cohorts"]["demo"]["runs"] == 3
     assert facts["files"] == len(contents(store))
+    assert facts["bytes"] == sum(len(data) for data in contents(store).values())
+    assert facts["cohorts"]["demo"]["bytes"] == sum(run.bytes for run in Store.open(store).runs)
+    assert (facts["censored"], facts["framewise_displacement"]) == (None, None)
+    assert facts["files_per_run"] == pytest.approx(facts["files"] / 3, abs=1e-3)
     assert json.loads(json.dumps(facts)) == facts
+    change_index(store, withdraw)
+    assert [info(store)["cohorts"]["demo"][name] for name in ("runs", "subjects", "withdrawn")] == [2, 2, 1]
+
+
+def test_info_of_motion_and_labels(tmp_path: Path) -> None:
+    displacement = [[None, 0.2, 0.7, 0.1, 0.2], [None, 0.1, 0.1, 0.1, 0.1]]
+    for number, values in enumerate(displacement):
+        path = save_run(tmp_path / "in", f"s{number}", bold_values(number, frames=5))
+        lines = ["framewise_displacement\tmotion_outlier00"]
+        lines += [f"{'n/a' if value is None else value}\t{int((value or 0) > 0.5)}" for value in values]
+        stem = path.name.partition("_space-")[0]
+        (path.parent / f"{stem}_desc-confounds_timeseries.tsv").write_text("\n".join(lines) + "\n")
+    save_run(tmp_path / "in", "s2", bold_values(2, frames=5))
+    (tmp_path / "in" / "participants.tsv").write_text("participant_id\tage\nsub-s0\t31\nsub-s1\tn/a\n")
+    build(tmp_path / "in", tmp_path / "store", GRID, "demo", salt="salt")
+    facts = info(tmp_path / "store")
+    assert facts["censored"] == pytest.approx(0.1)
+    assert facts["framewise_displacement"] == pytest.approx((0.2 + 0.7 + 0.1 + 0.2 + 0.4) / 8, abs=1e-6)
+    assert (facts["confounds"], facts["unlabelled"]) == (2, 2)
+    (tmp_path / "store" / layout.SUBJECTS_FILE).unlink()
+    assert info(tmp_path / "store")["unlabelled"] is None
