@@ -11,9 +11,11 @@ import numpy.typing as npt
 
 from swiftv2.config.clean import CleanConfig
 from swiftv2.data import layout
-from swiftv2.data.discover import Source, read_confounds
+from swiftv2.data.clean import clean_run
+from swiftv2.data.confounds import leading_non_steady, read_confounds
+from swiftv2.data.discover import Source
 from swiftv2.data.grid import FloatArray, Grid, Placement, place
-from swiftv2.data.nifti import Header, RefusedError, background_number, read_bold, read_mask
+from swiftv2.data.nifti import Bold, Header, RefusedError, read_bold, read_mask
 from swiftv2.data.quantise import Stored, to_stored
 from swiftv2.data.statistics import is_cleaned, run_statistics, voxel_statistics
 from swiftv2.data.store import Run
@@ -64,7 +66,8 @@ def take_run(
 ) -> Taken:
     """Read a run, bring it to the grid, check it and compute its statistics.
 
-    Memory: the run's kept voxels as the file holds them and as the store does, and one volume.
+    Memory: the run's kept voxels as the file holds them and as the store does, and one volume; cleaning and interpolation hold
+    them as float32 beside these.
 
     Args:
         candidate: the run.
@@ -77,28 +80,29 @@ def take_run(
     Raises:
         RefusedError: the run cannot be taken.
     """
-    del clean
     source, header = candidate.source, candidate.header
     placement = _checked_placement(grid, voxels, header, resample=resample)
-    numbers = read_bold(source.path, header, placement)
-    slope, intercept = (header.slope, header.intercept) if placement.exact else (1.0, 0.0)
-    _check_finite(numbers)
-    brain, rule = _brain(source, header, placement, numbers, slope, intercept)
-    stored = to_stored(numbers, slope, intercept, keep_float=keep_float)
-    del numbers
+    bold = read_bold(source.path, header, placement)
+    _check_finite(bold.numbers)
+    brain, rule = _brain(source, header, placement, bold)
     rows: dict[str, npt.NDArray[Any]] = {"brain": brain}
     steady_from = 0
     if source.confounds is not None:
         confounds = read_confounds(source.confounds, header.frames)
-        steady_from = _leading(confounds.non_steady_state)
+        steady_from = leading_non_steady(confounds.non_steady_state)
         rows["framewise_displacement"] = confounds.framewise_displacement
         rows["censored"] = confounds.censored
         rows["non_steady_state"] = confounds.non_steady_state
+    cleaning: dict[str, Any] = {}
+    if clean is not None and clean.active:
+        bold, cleaning = clean_run(bold, brain, clean, candidate.tr, steady_from, source.confounds)
+    stored = to_stored(bold.numbers, bold.slope, bold.intercept, keep_float=keep_float)
+    del bold
     mean, std = voxel_statistics(stored.bold[steady_from:], brain, stored.slope, stored.intercept)
     if not std[brain].any():
         raise RefusedError("constant: no brain voxel changes over the run")
     rows |= {"voxel_mean": mean, "voxel_std": std}
-    run = _entry(candidate, placement, stored, brain, rule, steady_from, cleaned=is_cleaned(mean, std, brain))
+    run = _entry(candidate, placement, stored, brain, rule, steady_from, is_cleaned(mean, std, brain), cleaning)
     return Taken(run, stored.bold, rows)
 
 
@@ -124,23 +128,11 @@ def _check_finite(numbers: npt.NDArray[Any]) -> None:
             raise RefusedError(f"NaN or infinity: {bad} of {numbers.size} numbers in the kept voxels")
 
 
-def _brain(
-    source: Source,
-    header: Header,
-    placement: Placement,
-    numbers: npt.NDArray[Any],
-    slope: float,
-    intercept: float,
-) -> tuple[npt.NDArray[np.bool_], str]:
+def _brain(source: Source, header: Header, placement: Placement, bold: Bold) -> tuple[npt.NDArray[np.bool_], str]:
     if source.mask is not None:
         brain, rule = read_mask(source.mask, header, placement), "mask"
     else:
-        zero = background_number(numbers.dtype, slope, intercept)
-        hidden = zero * slope + intercept != 0  # No stored number stands for 0, so no voxel is background.
-        brain = np.full(numbers.shape[1], hidden)
-        for volume in numbers:
-            brain |= volume != zero
-        brain, rule = brain & placement.inside, "nonzero"
+        brain, rule = bold.nonzero, "nonzero"
     if not brain.any():
         raise RefusedError("constant: all kept voxels are 0" if rule == "nonzero" else "the brain mask is empty here")
     return brain, rule
@@ -153,8 +145,8 @@ def _entry(
     brain: npt.NDArray[np.bool_],
     rule: str,
     steady_from: int,
-    *,
     cleaned: bool,
+    cleaning: dict[str, Any],
 ) -> Run:
     source, header = candidate.source, candidate.header
     statistics = run_statistics(stored.bold[steady_from:], brain, stored.slope, stored.intercept)
@@ -187,19 +179,8 @@ def _entry(
         source_sha256=sha256(source.path),
         bytes=0,
         steady_from=steady_from,
+        cleaning=cleaning,
     )
-
-
-def _leading(non_steady: npt.NDArray[np.uint8]) -> int:
-    """How many volumes at the start of a run are non-steady.
-
-    Raises:
-        RefusedError: all but one of them are.
-    """
-    steady = np.flatnonzero(non_steady == 0)
-    if len(steady) < 2:
-        raise RefusedError("the confound table calls all its frames non-steady")
-    return int(steady[0])
 
 
 def _rows_of(matrix: FloatArray) -> tuple[tuple[float, ...], ...]:

@@ -176,8 +176,11 @@ def _frames(path: Path, count: int) -> Iterator[npt.NDArray[Any]]:
             if len(data) != voxels * dtype.itemsize:
                 raise RefusedError("the file is truncated: fewer volumes than its header states")
             yield np.frombuffer(data, dtype=dtype).astype(dtype.newbyteorder("="), copy=False)
-        while stream.read(_BLOCK_BYTES):
-            pass
+        rest = 0
+        while block := stream.read(_BLOCK_BYTES):
+            rest += len(block)
+        if rest >= voxels * dtype.itemsize:
+            raise RefusedError("the file holds more volumes than its header states: write the header anew")
 
 
 def background_number(dtype: np.dtype[Any], slope: float, intercept: float) -> float:
@@ -189,35 +192,70 @@ def background_number(dtype: np.dtype[Any], slope: float, intercept: float) -> f
     return float(np.clip(np.rint(nearest), limits.min, limits.max))
 
 
-def read_bold(path: Path, header: Header, placement: Placement) -> npt.NDArray[Any]:
-    """Stored numbers (frames, V) of the kept voxels, or interpolated float32 values where the grids differ.
+@dataclass(frozen=True)
+class Bold:
+    """A run's kept voxels.
 
-    Memory: the result and one volume.
+    Attributes:
+        numbers: (frames, V), as the file stores them, or interpolated float32 values.
+        slope, intercept: value = number x slope + intercept.
+        nonzero: (V,) bool, whether the voxel is in the field of view and has another value than 0 at some time.
+    """
+
+    numbers: npt.NDArray[Any]
+    slope: float
+    intercept: float
+    nonzero: npt.NDArray[np.bool_]
+
+
+def read_bold(path: Path, header: Header, placement: Placement) -> Bold:
+    """Read the kept voxels of all volumes; where the grids differ, smoothed by `placement.sigma` and interpolated.
+
+    Memory: the result and one volume, three of them as float64 where it interpolates.
 
     Raises:
-        RefusedError: truncated or damaged.
+        RefusedError: truncated, damaged, or longer than its header states.
     """
     if not placement.exact:
         return _read_resampled(path, header, placement)
-    bold = np.empty((header.frames, len(placement.flat)), dtype=header.dtype)
+    numbers = np.empty((header.frames, len(placement.flat)), dtype=header.dtype)
+    zero = background_number(header.dtype, header.slope, header.intercept)
+    hidden = zero * header.slope + header.intercept != 0  # No stored number stands for 0, so no voxel is background.
+    nonzero = np.full(len(placement.flat), hidden)
     for number, volume in enumerate(_frames(path, header.frames)):
-        np.take(volume, placement.flat, out=bold[number])
+        np.take(volume, placement.flat, out=numbers[number])
+        nonzero |= numbers[number] != zero
     if not placement.inside.all():
-        bold[:, ~placement.inside] = background_number(header.dtype, header.slope, header.intercept)
-    return bold
+        numbers[:, ~placement.inside] = zero
+    return Bold(numbers, header.slope, header.intercept, nonzero & placement.inside)
 
 
-def _read_resampled(path: Path, header: Header, placement: Placement) -> npt.NDArray[np.float32]:
-    bold = np.empty((header.frames, len(placement.flat)), dtype=np.float32)
+def _read_resampled(path: Path, header: Header, placement: Placement) -> Bold:
+    numbers = np.empty((header.frames, len(placement.flat)), dtype=np.float32)
+    nonzero = np.zeros(header.shape, dtype=bool)
     for number, volume in enumerate(_frames(path, header.frames)):
         values = volume.reshape(header.shape, order="F").astype(np.float64) * header.slope + header.intercept
-        ndimage.map_coordinates(values, placement.coordinates.T, output=bold[number], order=1, mode="nearest")
-    bold[:, ~placement.inside] = 0.0
-    return bold
+        nonzero |= values != 0
+        numbers[number] = _interpolate(values, placement)
+    numbers[:, ~placement.inside] = 0.0
+    return Bold(numbers, 1.0, 0.0, _covered(nonzero, placement))
+
+
+def _interpolate(values: FloatArray, placement: Placement) -> FloatArray:
+    """A volume on a file's grid at the kept voxels, (V,): smoothed if finer, then linear, beyond the border as on it."""
+    if any(placement.sigma):
+        values = ndimage.gaussian_filter(values, placement.sigma, mode="nearest")
+    there: FloatArray = ndimage.map_coordinates(values, placement.coordinates.T, order=1, mode="nearest")
+    return there
+
+
+def _covered(mask: npt.NDArray[np.bool_], placement: Placement) -> npt.NDArray[np.bool_]:
+    """The kept voxels (V,) of which at least half lies in a mask on the file's grid."""
+    return np.asarray((_interpolate(mask.astype(np.float64), placement) >= 0.5) & placement.inside, dtype=np.bool_)
 
 
 def read_mask(path: Path, header: Header, placement: Placement) -> npt.NDArray[np.bool_]:
-    """Brain mask (V,) at the kept voxels, from a 3-D file on the grid of the BOLD file.
+    """Brain mask (V,) at the kept voxels, from a 3-D file on the grid of the BOLD file; interpolated as that is, from 0.5 on.
 
     Raises:
         RefusedError: unreadable, or on another grid than the BOLD file.
@@ -230,4 +268,6 @@ def read_mask(path: Path, header: Header, placement: Placement) -> npt.NDArray[n
         raise RefusedError("the brain mask has another affine than the BOLD file")
     with _refusing("the brain mask"):
         volume = np.asarray(image.dataobj).reshape(header.shape)
+    if not placement.exact:
+        return _covered(volume > 0, placement)
     return np.asarray((volume.ravel(order="F") > 0)[placement.flat] & placement.inside, dtype=np.bool_)

@@ -13,11 +13,13 @@ import numpy.typing as npt
 from swiftv2.config.clean import CleanConfig
 from swiftv2.config.data import GridConfig
 from swiftv2.data import layout
-from swiftv2.data.discover import NATIVE_SPACES, Discovery, LabelRow, Source, sidecar_facts
+from swiftv2.data.discover import NATIVE_SPACES, Discovery, Source
 from swiftv2.data.grid import Grid, kept_voxels, make_grid
 from swiftv2.data.ingest import Candidate
 from swiftv2.data.keys import file_key, new_salt, run_key, subject_key
+from swiftv2.data.labels import LabelRow
 from swiftv2.data.nifti import Header, RefusedError, read_header, repetition_time
+from swiftv2.data.sidecars import sidecar_facts
 from swiftv2.errors import SwiftError, UsageError
 
 
@@ -77,7 +79,7 @@ def inspect(source: Source, options: Options) -> Inspected:
     if not source.subject:
         return Inspected(source, refusal="no subject: its name has no sub-, and the label table has no line with its file")
     try:
-        stated, space = sidecar_facts(source.sidecar)
+        stated, space = sidecar_facts(source.sidecars)
         header = read_header(source.path)
         tr = repetition_time(stated if stated is not None else source.tr, header, options.expect_tr)
         return Inspected(source, header, tr, _space(source.space or space, options.grid))

@@ -17,7 +17,7 @@ def read_all(path: Path) -> np.ndarray:
     header = read_header(path)
     grid = source_grid(header.shape, header.affine, "RAS", "scanner")
     voxels = kept_voxels(grid, "box")
-    return read_bold(path, header, place(grid, voxels, header.shape, header.affine))
+    return read_bold(path, header, place(grid, voxels, header.shape, header.affine)).numbers
 
 
 def good(path: Path) -> Path:

@@ -16,7 +16,9 @@ from swiftv2.config.load import build as configured
 from swiftv2.config.synth import SynthConfig
 from swiftv2.data import keyed
 from swiftv2.data.build import build
-from swiftv2.data.discover import discover, read_confounds, sidecar_facts
+from swiftv2.data.confounds import read_confounds
+from swiftv2.data.discover import discover
+from swiftv2.data.sidecars import sidecar_facts
 from swiftv2.data.synth import generate
 from swiftv2.data.synth.anatomy import NETWORKS, TISSUES, Atlas, load_atlas
 from swiftv2.data.synth.files import FAULTS, field_of_view, write_person
@@ -170,7 +172,7 @@ def test_sidecars_masks_and_confounds_are_read_by_the_store(cohort: Path) -> Non
     for source in found.sources:
         assert source.mask is not None
         assert source.confounds is not None
-        assert sidecar_facts(source.sidecar) == (2.0, "MNI152NLin2009cAsym")
+        assert sidecar_facts(source.sidecars) == (2.0, "MNI152NLin2009cAsym")
         confounds = read_confounds(source.confounds, CONFIG.frames)
         assert np.isnan(confounds.framewise_displacement[0])
         assert 0 < np.nanmedian(confounds.framewise_displacement) < 1
