@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 Floats = NDArray[np.floating[Any]]
+_Box = tuple[float, float, float, float]
+"""Left, bottom, width, height in shares of the page."""
 
 PLANES = ("sagittal", "coronal", "axial")
 SIDES = {"sagittal": ("P", "A"), "coronal": ("L", "R"), "axial": ("L", "R")}
@@ -21,7 +23,7 @@ SPIKE_MM = 0.5
 """Framewise displacement that counts as a spike."""
 _PAGE_INCHES = (11.7, 8.3)
 _LISTED = 24
-_STYLE: Any = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
+_STYLE: Any = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
 _INK, _ALARM = "#4c72b0", "#c1440e"
 
 
@@ -108,22 +110,29 @@ def _cohort_figures(sheet: CohortSheet) -> list[Any]:
 
 
 def _cohort_maps(sheet: CohortSheet) -> Any:
-    figure: Any = Figure(figsize=_PAGE_INCHES, layout="constrained")
-    figure.suptitle(f"cohort {sheet.title}", fontsize=12)
-    left, right = figure.subfigures(1, 2, width_ratios=(2.6, 1.0))
-    rows = left.subfigures(2, 1)
-    _draw_slices(rows[0], sheet.mean, "group mean image (share of each run's mean)", "gray", sheet.remark)
-    _draw_slices(rows[1], sheet.tsnr, "group temporal SNR (voxel mean / voxel deviation)", "viridis", sheet.remark)
-    _draw_facts(right, [*sheet.facts, ("pictures", CONVENTION), *([("note", sheet.remark)] if sheet.remark else [])])
+    figure = _page(f"cohort {sheet.title}")
+    title = "group mean image (share of each run's mean)"
+    _draw_slices(figure, (0.03, 0.50, 0.68, 0.42), sheet.mean, title, "gray", sheet.remark)
+    title = "group temporal SNR (voxel mean / voxel deviation)"
+    _draw_slices(figure, (0.03, 0.03, 0.68, 0.42), sheet.tsnr, title, "viridis", sheet.remark)
+    notes = [("note", sheet.remark)] if sheet.remark else []
+    _draw_facts(figure, (0.75, 0.90), [*sheet.facts, ("pictures", CONVENTION), *notes])
+    return figure
+
+
+def _page(title: str) -> Any:
+    # Places are fixed: fitting them anew for each of thousands of pages would take most of the time.
+    figure: Any = Figure(figsize=_PAGE_INCHES)
+    figure.text(0.5, 0.965, title, ha="center", fontsize=12)
     return figure
 
 
 def _cohort_distributions(sheet: CohortSheet) -> Any:
-    figure: Any = Figure(figsize=_PAGE_INCHES, layout="constrained")
-    figure.suptitle(f"cohort {sheet.title}: one number a run", fontsize=12)
+    figure = _page(f"cohort {sheet.title}: one number a run")
     columns = 4
     rows = math.ceil((len(sheet.measures) + 1) / columns)
     axes = np.atleast_2d(figure.subplots(rows, columns)).ravel()
+    figure.subplots_adjust(left=0.05, right=0.97, bottom=0.08, top=0.9, wspace=0.25, hspace=0.35)
     for axis, (name, values) in zip(axes, sheet.measures.items(), strict=False):
         known = values[np.isfinite(values)]
         axis.set_xlabel(name)
@@ -144,20 +153,17 @@ def _cohort_distributions(sheet: CohortSheet) -> Any:
 
 
 def _run_figure(sheet: RunSheet) -> Any:
-    figure: Any = Figure(figsize=_PAGE_INCHES, layout="constrained")
-    figure.suptitle(f"run {sheet.title}", fontsize=12)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.0, 1.0))
-    maps = top.subfigures(1, 2)
-    _draw_slices(maps[0], sheet.mean, "mean image (source units)", "gray", "")
-    _draw_slices(maps[1], sheet.tsnr, "temporal SNR", "viridis", "not defined: the voxels' means were removed")
-    courses, side = bottom.subfigures(1, 2, width_ratios=(1.7, 1.0))
-    motion, whole = courses.subplots(2, 1, sharex=True)
+    figure = _page(f"run {sheet.title}")
+    _draw_slices(figure, (0.03, 0.50, 0.46, 0.42), sheet.mean, "mean image (source units)", "gray", "")
+    why = "not defined: the voxels' means were removed"
+    _draw_slices(figure, (0.51, 0.50, 0.46, 0.42), sheet.tsnr, "temporal SNR", "viridis", why)
+    motion = figure.add_axes((0.08, 0.27, 0.5, 0.17))
     _draw_motion(motion, sheet)
+    whole = figure.add_axes((0.08, 0.07, 0.5, 0.15), sharex=motion)
     whole.plot(sheet.seconds, sheet.global_signal, color=_INK, lw=0.7)
     whole.set(xlabel="time (s)", ylabel="global signal\n(source units)")
-    words, counts = side.subfigures(1, 2, width_ratios=(1.2, 1.0))
-    _draw_facts(words, [*sheet.facts, ("pictures", CONVENTION)])
-    axis = counts.subplots()
+    _draw_facts(figure, (0.61, 0.44), [*sheet.facts, ("pictures", CONVENTION)])
+    axis = figure.add_axes((0.82, 0.07, 0.15, 0.37))
     axis.stairs(sheet.histogram, sheet.edges, fill=True, color=_INK)
     axis.set(xlabel="brain values (source units)", yticks=[])
     return figure
@@ -179,39 +185,31 @@ def _draw_motion(axis: Any, sheet: RunSheet) -> None:
     axis.set_title(title, fontsize=7, loc="left")
 
 
-def _draw_slices(figure: Any, slices: Slices | None, title: str, colours: str, why_not: str) -> None:
-    figure.suptitle(title, fontsize=9)
-    axes = figure.subplots(1, 3)
-    for axis in axes:
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.spines[:].set_visible(False)
+def _draw_slices(figure: Any, box: _Box, slices: Slices | None, title: str, colours: str, why_not: str) -> None:
+    left, bottom, width, height = box
+    figure.text(left + width / 2, bottom + height, title, ha="center", va="top", fontsize=9)
     if slices is None:
-        axes[1].text(0.5, 0.5, why_not, ha="center", transform=axes[1].transAxes, wrap=True)
+        figure.text(left + width / 2, bottom + height / 2, _wrapped(why_not), ha="center")
         return
     values = np.concatenate([slices.pictures[plane].ravel() for plane in PLANES])
     values = values[np.isfinite(values)]
     low, high = (float(q) for q in np.quantile(values, (0.01, 0.99))) if len(values) else (0.0, 1.0)
     image = None
-    for axis, plane in zip(axes, PLANES, strict=True):
+    for place, plane in enumerate(PLANES):
+        axis = figure.add_axes((left + place * width / 3, bottom + 0.07, width / 3 - 0.01, height - 0.14))
         picture = np.ma.masked_invalid(slices.pictures[plane])
         image = axis.imshow(picture.T, origin="lower", cmap=colours, vmin=low, vmax=high, interpolation="nearest")
-        letter = "xyz"[PLANES.index(plane)]
-        axis.set_title(f"{plane}, {letter} = {slices.places[plane]:.0f} mm", fontsize=7)
-        for side, place in zip(SIDES[plane], (0.02, 0.98), strict=True):
-            align = "left" if place < 0.5 else "right"
-            axis.text(place, 0.02, side, transform=axis.transAxes, fontsize=9, weight="bold", ha=align, color=_ALARM)
-    figure.colorbar(image, ax=axes, location="bottom", shrink=0.5, aspect=40)
+        axis.set_axis_off()
+        axis.set_title(f"{plane}, {'xyz'[place]} = {slices.places[plane]:.0f} mm", fontsize=7)
+        for side, x, align in zip(SIDES[plane], (0.02, 0.98), ("left", "right"), strict=True):
+            axis.text(x, 0.02, side, transform=axis.transAxes, fontsize=9, weight="bold", ha=align, color=_ALARM)
+    scale = figure.add_axes((left + width / 4, bottom + 0.04, width / 2, 0.012))
+    figure.colorbar(image, cax=scale, orientation="horizontal")
 
 
-def _draw_facts(figure: Any, facts: Iterable[tuple[str, str]]) -> None:
-    axis = figure.subplots()
-    axis.set_axis_off()
-    lines = []
-    for what, value in facts:
-        words = value if len(value) <= 30 else _wrapped(value)
-        lines.append(f"{what}: {words}")
-    axis.text(0.0, 1.0, "\n".join(lines), va="top", fontsize=7, transform=axis.transAxes)
+def _draw_facts(figure: Any, corner: tuple[float, float], facts: Iterable[tuple[str, str]]) -> None:
+    lines = [f"{what}: {value if len(value) <= 30 else _wrapped(value)}" for what, value in facts]
+    figure.text(*corner, "\n".join(lines), va="top", fontsize=7)
 
 
 def _wrapped(text: str) -> str:
