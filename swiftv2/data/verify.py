@@ -1,5 +1,6 @@
 """Checking a store byte by byte: by one process, by several on one machine, or by the ranks of MPI."""
 
+import bisect
 import heapq
 import multiprocessing
 import os
@@ -248,14 +249,19 @@ def _check_shared(store: Store, job: _Job) -> list[Problem]:
     """One shard of a small array: its bytes, and that rows without a present run are empty."""
     small = next(small for small in layout.SMALL_ARRAYS if small.name == job.array)
     array, first = _open(store, small.name), job.number * layout.ROWS_PER_SHARD
-    path = store.path / small.name / f"c.{job.number}.0"
-    runs = {run.row: run for run in store.runs}
-    if not path.is_file():
+    last = min(first + layout.ROWS_PER_SHARD, int(array.shape[0]))
+    begin, end = (bisect.bisect_left(store.runs, row, key=lambda run: run.row) for row in (first, last))
+    runs = {run.row: run for run in store.runs[begin:end]}
+    paths = sorted((store.path / small.name).glob(f"c.{job.number}.*"))
+    if not paths:
         return []
     problems: list[Problem] = []
-    if _loose_bytes(path, layout.ROWS_PER_SHARD):
+    if any(_loose_bytes(path, layout.ROWS_PER_SHARD) for path in paths):
         problems.append(("store", f"shard {job.number} of {small.name} holds bytes that belong to no row"))
-    for row in range(first, min(first + layout.ROWS_PER_SHARD, int(array.shape[0]))):
+    tables = [_shard_table(path, layout.ROWS_PER_SHARD) for path in paths]
+    if any((table[last - first :, 0] != _ABSENT).any() for table in tables if table is not None):
+        problems.append(("store", f"shard {job.number} of {small.name} holds rows beyond the last one"))
+    for row in range(first, last):
         run = runs.get(row)
         if run is not None and not run.withdrawn:
             continue
@@ -289,7 +295,7 @@ def _check_run(store: Store, index: int) -> list[str]:
         try:
             rows[small.name] = _small_row(store, small.name, index)
         except SwiftError:
-            problems.append(f"its row of {small.name} is damaged: restore {small.name}/c.{run.row // layout.ROWS_PER_SHARD}.0")
+            problems.append(f"its row of {small.name} is damaged: restore {small.name}/c.{run.row // layout.ROWS_PER_SHARD}.*")
     if len(rows) < len(layout.SMALL_ARRAYS):
         return problems
     if bold.dtype.kind == "f" and not np.isfinite(bold).all():
