@@ -181,7 +181,7 @@ def test_one_build_at_a_time(
     with started(command(build_words(many, store), launcher="alone")) as process:
         wait_for_a_run(store, process)
         process.send_signal(signal.SIGSTOP)
-        assert "is being built by another process" in fails(build_words(many, store), 1, capsys)
+        assert "is being changed by another process" in fails(build_words(many, store), 1, capsys)
         process.send_signal(signal.SIGCONT)
         assert process.wait(timeout=60) == 0
     assert contents(store) == undisturbed

@@ -1,15 +1,23 @@
 """Commands that make or change a store."""
 
 import argparse
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swiftv2.commands.ranks import communicator, termination
+from swiftv2.config.clean import CleanConfig
 from swiftv2.config.data import GridConfig
 from swiftv2.config.load import build, override
 from swiftv2.errors import SwiftError, UsageError
-from swiftv2.terminal import Shown, add_command, add_json, answer
+from swiftv2.terminal import Parser, Shown, add_command, add_json, answer
+
+if TYPE_CHECKING:
+    from swiftv2.data.publish import BuildReport
+    from swiftv2.data.tally import Progress
+
+COMPRESSIONS = ("none", "lz4", "zstd")
 
 
 def add(verbs: Any) -> None:
@@ -24,14 +32,36 @@ def add(verbs: Any) -> None:
         "mpirun -n 16 swiftv2 store build derivatives/fmriprep cohort.zarr grid.voxel_mm=4",
     )
     parser = add_command(verbs, "build", _store_build, text, examples)
+    _add_source(parser, "folder of the store: new, or that of the same build unfinished")
+    text = "codec of the arrays, none being the fastest to read where the disk is not what one waits for; lz4 by default"
+    parser.add_argument("--compression", choices=COMPRESSIONS, default="lz4", help=text)
+    _add_words(parser, "MNI152 at 2 mm, RAS by default")
+    text = (
+        "add runs to a store; they come behind those that are there. Grid, codec, salt and cleaning are the store's. Files "
+        "that it has already are passed over. Readers see the former version until all is done. Killed, it goes on when the "
+        "same command is given again."
+    )
+    adding = (
+        "swiftv2 store append derivatives/wave2 cohort.zarr --cohort ours",
+        "srun -n 128 swiftv2 store append hcp/derivatives cohort.zarr --cohort HCP grid.resample=true",
+    )
+    parser = add_command(verbs, "append", _store_append, text, adding)
+    _add_source(parser, "folder of a store")
+    parser.add_argument("--compression", choices=COMPRESSIONS, help="the store's; another one is refused")
+    _add_words(parser, "the store's, but for grid.resample and grid.space, which say something of the files")
+    _add_drop(verbs)
+
+
+def _add_source(parser: Parser, text: str) -> None:
+    """What build and append share."""
     add_json(parser)
     parser.add_argument("source", help="BIDS-derivatives folder (*_desc-preproc_bold.nii.gz), or a quoted glob of NIfTI files")
-    parser.add_argument("store", type=Path, help="folder of the store: new, or that of the same build unfinished")
+    parser.add_argument("store", type=Path, help=text)
     parser.add_argument(
         "--cohort", metavar="NAME", help="of the cohort; needed for a glob, else the source folder's by default"
     )
     text = "TSV or CSV with a subject column and, where names carry no `sub-`, a file column; participants.tsv by default"
-    parser.add_argument("--labels", type=Path, metavar="TABLE", help=text)
+    parser.add_argument("--labels", type=Path, metavar="TABLE", action="append", help=text + "; may be given several times")
     parser.add_argument("--tr", type=float, metavar="SECONDS", help="repetition time that every run must have")
     text = (
         "16 or more hex digits that make the pseudonymous keys, and with them the split of subjects by seed, the same on "
@@ -40,35 +70,81 @@ def add(verbs: Any) -> None:
     parser.add_argument("--salt", metavar="HEX", help=text)
     parser.add_argument("--keep-float", action="store_true", help="keep runs that are no integers as float32, not in 16 bits")
     parser.add_argument("--strict", action="store_true", help="fail where any run is refused")
-    text = f"the grid: {', '.join(f'grid.{name}' for name in GridConfig.model_fields)}; MNI152 at 2 mm, RAS by default"
-    parser.add_argument("overrides", nargs="*", metavar="grid.KEY=VALUE", help=text)
+
+
+def _add_words(parser: Parser, default: str) -> None:
+    names = [f"grid.{name}" for name in GridConfig.model_fields] + [f"clean.{name}" for name in CleanConfig.model_fields]
+    text = f"grid and cleaning: {', '.join(names)}; the grid is {default}"
+    parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help=text)
+
+
+def _add_drop(verbs: Any) -> None:
+    text = (
+        "take subjects who withdrew consent out of a store, which becomes another version: their runs leave tombstones, and "
+        "no byte of their data stays. Killed, it goes on when it, or any other change, is given again."
+    )
+    examples = (
+        "swiftv2 store drop cohort.zarr --subjects withdrawn.txt --dry-run --used-by runs",
+        "swiftv2 store drop cohort.zarr --subjects withdrawn.txt --used-by runs exported embeddings",
+    )
+    parser = add_command(verbs, "drop", _store_drop, text, examples)
+    add_json(parser)
+    parser.add_argument("store", type=Path, help="folder of a store")
+    text = "text file, one subject a line: id with or without sub-, cohort/id, or key; # begins a comment"
+    parser.add_argument("--subjects", type=Path, metavar="FILE", required=True, help=text)
+    parser.add_argument("--cohort", metavar="NAME", help="of ids that several cohorts have")
+    text = "pass over ids that the store does not know, as in a list of all who ever withdrew; they are counted"
+    parser.add_argument("--ignore-unknown", action="store_true", help=text)
+    text = "folders to be searched for runs, exported weights and embeddings that used the subjects; these are listed"
+    parser.add_argument("--used-by", type=Path, nargs="+", metavar="PATH", default=[], help=text)
+    parser.add_argument("--dry-run", action="store_true", help="tell what would go, and change nothing")
 
 
 def _store_build(arguments: argparse.Namespace) -> int:
-    grid = _grid(arguments.overrides)
-    source = arguments.source
-    cohort = arguments.cohort or ("" if any(mark in source for mark in "*?[") else Path(source).resolve().name)
-    if not cohort:
-        raise UsageError(f"{source} has no folder name to call the cohort by: say --cohort NAME")
-    salt = arguments.salt
-    if salt is not None and (len(salt) < 16 or not all(digit in "0123456789abcdef" for digit in salt.lower())):
-        raise UsageError("--salt takes at least 16 hex digits, such as `openssl rand -hex 16` gives")
-    from swiftv2.data.build import Progress
     from swiftv2.data.build import build as build_store
 
-    ranks = communicator("store build")
+    grid, clean = _sections(arguments.overrides, "build")
+
+    def change(**options: Any) -> "BuildReport":
+        return build_store(arguments.source, arguments.store, grid, _cohort(arguments), clean=clean, **options)
+
+    return _take(arguments, "build", "built", change)
+
+
+def _store_append(arguments: argparse.Namespace) -> int:
+    from swiftv2.data.append import append
+
+    grid, clean = _sections(arguments.overrides, "append")
+
+    def change(**options: Any) -> "BuildReport":
+        return append(arguments.source, arguments.store, _cohort(arguments), grid=grid, clean=clean, **options)
+
+    return _take(arguments, "append", "appended", change)
+
+
+def _cohort(arguments: argparse.Namespace) -> str:
+    source: str = arguments.source
+    cohort: str = arguments.cohort or ("" if any(mark in source for mark in "*?[") else Path(source).resolve().name)
+    if not cohort:
+        raise UsageError(f"{source} has no folder name to call the cohort by: say --cohort NAME")
+    return cohort
+
+
+def _take(arguments: argparse.Namespace, verb: str, done: str, change: Callable[..., "BuildReport"]) -> int:
+    """Run a build or append on all ranks, and print what the first one has."""
+    salt = arguments.salt
+    if salt is not None and not re.fullmatch("[0-9a-fA-F]{16,}", salt):
+        raise UsageError("--salt takes at least 16 hex digits, such as `openssl rand -hex 16` gives")
+    _cohort(arguments)
+    ranks = communicator(f"store {verb}")
     with termination(ranks), Shown("runs", shown=ranks.rank == 0) as shown:
 
-        def progress(state: Progress) -> None:
+        def progress(state: "Progress") -> None:
             refused = f"{state.refused} refused" if state.refused else ""
             shown.update(state.done, state.total, state.bytes_done, state.bytes_total, refused)
 
         try:
-            report = build_store(
-                source,
-                arguments.store,
-                grid,
-                cohort,
+            report = change(
                 labels=arguments.labels,
                 comm=ranks,
                 progress=progress,
@@ -76,36 +152,82 @@ def _store_build(arguments: argparse.Namespace) -> int:
                 keep_float=arguments.keep_float,
                 salt=None if salt is None else salt.lower(),
                 strict=arguments.strict,
+                compression=arguments.compression,
             )
         except SwiftError as error:
             if ranks.rank:  # It is the same on all ranks: the first one says it.
                 return error.exit_status
             raise
-    if ranks.rank:
-        return 0
+    if ranks.rank == 0:
+        _tell(arguments, done, report)
+    return 0
+
+
+def _tell(arguments: argparse.Namespace, done: str, report: "BuildReport") -> None:
     values = {
         "store": str(arguments.store),
+        "version": report.version,
         "taken": report.taken,
+        "present": report.present,
         "refused": [{"run": key, "reason": reason} for key, reason in report.refused],
         "frames": report.frames,
         "bytes": report.bytes,
         "report": str(report.report),
         "nothing_to_do": report.nothing_to_do,
     }
-    head = "is there already, nothing to do" if report.nothing_to_do else "built"
+    head = "is there already, nothing to do" if report.nothing_to_do else done
     lines = [f"{arguments.store} {head}: {report.taken} runs, {report.frames:,} frames, {report.bytes / 1e6:.1f} MB"]
+    lines += [f"in the store already: {report.present} files"] if report.present else []
     lines += [f"refused {key}: {reason}" for key, reason in report.refused]
     lines += [f"which file is which: {report.report}"] if report.refused else []
+    answer(values, *lines, as_json=arguments.json)
+
+
+def _store_drop(arguments: argparse.Namespace) -> int:
+    from swiftv2.data.drop import drop, read_withdrawals
+
+    withdrawal = read_withdrawals(
+        arguments.store, arguments.subjects, arguments.cohort, ignore_unknown=arguments.ignore_unknown
+    )
+    users: list[dict[str, Any]] = []
+    if arguments.used_by:
+        from swiftv2.recipes.withdrawal import find_users
+
+        users = [user.to_json() for user in find_users(arguments.used_by, arguments.store, withdrawal)]
+    report = drop(arguments.store, withdrawal, users, dry_run=arguments.dry_run)
+    values = {
+        "store": str(arguments.store),
+        "version": report.version,
+        "dry_run": arguments.dry_run,
+        "subjects": list(report.subjects),
+        "runs": list(report.runs),
+        "bytes": report.bytes,
+        "already": report.already,
+        "unknown": report.unknown,
+        "users": list(report.users),
+    }
+    head = "would lose" if arguments.dry_run else f"version {report.version}: gone are"
+    lines = [f"{arguments.store} {head} {len(report.subjects)} subjects, {len(report.runs)} runs, {report.bytes / 1e6:.1f} MB"]
+    lines += [f"withdrawn before: {report.already} subjects"] if report.already else []
+    lines += [f"not known to the store: {report.unknown} lines of the list"] if report.unknown else []
+    lines += [_used(user) for user in report.users]
     answer(values, *lines, as_json=arguments.json)
     return 0
 
 
-def _grid(words: Sequence[str]) -> GridConfig:
-    tree: dict[str, Any] = {"grid": {}}
+def _used(user: dict[str, Any]) -> str:
+    if user["subjects"] is not None:
+        return f"used by {user['path']} ({user['kind']}): {user['subjects']} of the subjects"
+    names = {True: "names this store", False: "names another store", None: "names no store"}[user["this_store"]]
+    return f"cannot tell of {user['path']} ({user['kind']}): it lists no subjects; it {names}"
+
+
+def _sections(words: Sequence[str], verb: str) -> tuple[GridConfig, CleanConfig]:
+    tree: dict[str, Any] = {"grid": {}, "clean": {}}
     for word in words:
         if "=" not in word:
             raise UsageError(f"unknown word {word!r}: a glob needs quotes, so that the shell leaves it as it is")
-        if not word.startswith("grid."):
-            raise UsageError(f"override {word!r}: store build takes grid.KEY=VALUE words")
+        if not word.startswith(("grid.", "clean.")):
+            raise UsageError(f"override {word!r}: store {verb} takes grid.KEY=VALUE and clean.KEY=VALUE words")
         override(tree, word)
-    return build(GridConfig, tree["grid"], where="grid")
+    return build(GridConfig, tree["grid"], where="grid"), build(CleanConfig, tree["clean"], where="clean")

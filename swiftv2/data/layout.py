@@ -1,12 +1,13 @@
 """Format 1 of the store on disk: its arrays, shards, codecs and small files (docs/store.md says the same in words)."""
 
 import json
-import shutil
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import crc32c
 import numpy as np
 import numpy.typing as npt
 import zarr
@@ -14,7 +15,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
 from swiftv2.errors import SwiftError
-from swiftv2.files import sync
+from swiftv2.files import sync, write_file
 
 FORMAT = 1
 BOLD_TYPES = ("uint8", "int16", "uint16", "float32")
@@ -26,11 +27,17 @@ SHARD_BYTES = 1 << 30
 """Uncompressed bytes of a shard at most: longer runs take several, so that the memory of a writer stays bounded."""
 UNKNOWN = 255
 """Frame flag of runs without a confound table."""
-RUNS_FILE, SUBJECTS_FILE, REPORT_FILE, STAGING = "runs.jsonl", "subjects.json", "build_report.jsonl", ".build"
-PRIVATE = 0o600
+RUNS_FILE, SUBJECTS_FILE, REPORT_FILE = "runs.jsonl", "subjects.json", "build_report.jsonl"
+WITHDRAWALS_FILE = "withdrawals.jsonl"
+STAGING, DROPPING = ".build", ".drop"
+"""Folders that are there only while a build or append, or a drop, is unfinished."""
+PLAN_FILE = "plan.json"
+PRIVATE, PRIVATE_FOLDER = 0o600, 0o700
 
 Compression = Literal["none", "lz4", "zstd"]
 AnyArray = npt.NDArray[Any]
+_ABSENT = ((1 << 64) - 1, (1 << 64) - 1)
+"""Place of a chunk that holds the fill value only and is not written."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +60,10 @@ SMALL_ARRAYS = (
 )
 
 
-def shard_frames(longest: int, voxels: int, dtype: str) -> int:
+def shard_frames(longest: int, voxels: int, dtype: str, chunk: int = CHUNK_FRAMES) -> int:
     """Frames of a bold shard: the longest run, rounded up to chunks, as far as `SHARD_BYTES` allows."""
-    whole = -(-longest // CHUNK_FRAMES) * CHUNK_FRAMES
-    limit = SHARD_BYTES // (voxels * np.dtype(dtype).itemsize) // CHUNK_FRAMES * CHUNK_FRAMES
-    return max(CHUNK_FRAMES, min(whole, limit))
+    limit = SHARD_BYTES // (voxels * np.dtype(dtype).itemsize) // chunk * chunk
+    return max(chunk, min(-(-longest // chunk) * chunk, limit))
 
 
 def _compressors(dtype: str, compression: Compression) -> tuple[Any, ...]:
@@ -101,27 +107,43 @@ def create_folder(store: Path, name: str) -> None:
     zarr.create_group(LocalStore(store / name), overwrite=True)
 
 
-def create_bold(store: Path, dtype: str, rows: int, longest: int, voxels: int, compression: Compression) -> None:
-    """Write the metadata of the bold array of one number type: (rows, frames, V), a shard a run."""
-    name = f"bold/{dtype}"
-    shards = (1, shard_frames(longest, voxels, dtype), voxels)
-    chunks = (1, CHUNK_FRAMES, voxels)
-    axes = ("row", "frame", "voxel")
-    create_array(store, name, (rows, longest, voxels), chunks, shards, dtype, 0, axes, compression)
+def create_bold(
+    store: Path, dtype: str, shape: tuple[int, int, int], compression: Compression, chunk: int = CHUNK_FRAMES
+) -> None:
+    """Write the metadata of the bold array of one number type: (rows, frames, V), chunks of so many frames, a shard a run."""
+    _, longest, voxels = shape
+    shards, axes = (1, shard_frames(longest, voxels, dtype, chunk), voxels), ("row", "frame", "voxel")
+    create_array(store, f"bold/{dtype}", shape, (1, chunk, voxels), shards, dtype, 0, axes, compression)
 
 
-def create_small(store: Path, small: Small, rows: int, longest: int, voxels: int, compression: Compression) -> None:
-    """Write the metadata of a small array: (rows, V) or (rows, frames), a chunk a row, a shard every 64 rows."""
-    width = voxels if small.axis == "voxel" else longest
-    shards = (ROWS_PER_SHARD, width)
-    axes = ("row", small.axis)
-    create_array(store, small.name, (rows, width), (1, width), shards, small.dtype, small.fill, axes, compression)
+def create_small(folder: Path, small: Small, shape: tuple[int, int], width: int, compression: Compression) -> None:
+    """Write the metadata of a small array: (rows, V) or (rows, frames), a shard every 64 rows, a chunk a row.
+
+    Args:
+        folder: what holds the array.
+        small: which one.
+        shape: of the array.
+        width: of a chunk; what an append adds to the frames takes further chunks.
+        compression: of the chunks.
+    """
+    shards, axes = (ROWS_PER_SHARD, width), ("row", small.axis)
+    create_array(folder, small.name, shape, (1, width), shards, small.dtype, small.fill, axes, compression)
+
+
+def set_shape(array: Path, shape: tuple[int, ...]) -> None:
+    """Give an array another shape; chunks and shards stay as they are."""
+    path = array / "zarr.json"
+    metadata = json.loads(path.read_bytes())
+    if tuple(metadata["shape"]) != shape:
+        write_file(path, json.dumps(metadata | {"shape": list(shape)}, indent=2))
 
 
 def bold_shards(store: Path, dtype: str, row: int) -> list[Path]:
-    """The shard files of a run that exist, in the order of their frames."""
-    found = (store / "bold" / dtype).glob(f"c.{row}.*.0")
-    return sorted(found, key=lambda path: int(path.name.split(".")[2]))
+    """The shard files of a run that exist, in the order of their frames; asks for each rather than list the folder."""
+    folder = store / "bold" / dtype
+    metadata = json.loads((folder / "zarr.json").read_bytes())
+    count = -(-int(metadata["shape"][1]) // int(metadata["chunk_grid"]["configuration"]["chunk_shape"][1]))
+    return [path for path in (folder / f"c.{row}.{number}.0" for number in range(count)) if path.is_file()]
 
 
 def write_bold(store: Path, dtype: str, row: int, bold: AnyArray) -> int:
@@ -135,6 +157,7 @@ def write_bold(store: Path, dtype: str, row: int, bold: AnyArray) -> int:
     written = bold_shards(store, dtype, row)
     for path in written:
         sync(path)
+    sync(store / "bold" / dtype)
     return sum(path.stat().st_size for path in written)
 
 
@@ -146,27 +169,89 @@ def create_voxels(store: Path, voxels: npt.NDArray[np.int32], compression: Compr
     array[:] = voxels
 
 
-def write_rows(store: Path, small: Small, first: int, last: int, rows: Mapping[int, AnyArray | None]) -> None:
-    """Write the rows first .. last of a small array, which are one shard; rows that are not there keep the fill value."""
-    array: Any = zarr.open_array(LocalStore(store / small.name), mode="r+")
+def write_rows(staging: Path, store: Path, small: Small, first: int, last: int, rows: Mapping[int, AnyArray]) -> None:
+    """Write the rows first .. last of a small array, which are one shard, and put the file in its place whole.
+
+    Args:
+        staging: folder that holds the array's metadata and takes the new file first.
+        store: folder of the store.
+        small: which array.
+        first: first row, a multiple of `ROWS_PER_SHARD`.
+        last: row behind the last one.
+        rows: what rows hold; the others, and what lies behind a short one's end, get the fill value.
+    """
+    folder = staging / small.name
+    array: Any = zarr.open_array(LocalStore(folder), mode="r+")
     values = np.full((last - first, array.shape[1]), small.fill, dtype=small.dtype)
     for row, content in rows.items():
-        if content is not None:
-            values[row - first, : len(content)] = content
+        values[row - first, : len(content)] = content
     array[first:last] = values
-    shard = store / small.name / f"c.{first // ROWS_PER_SHARD}.0"
-    if shard.exists():
-        sync(shard)
+    for path in sorted(folder.glob(f"c.{first // ROWS_PER_SHARD}.*")):
+        sync(path)
+        path.replace(store / small.name / path.name)
+    sync(store / small.name)
 
 
-def commit(store: Path, attributes: dict[str, Any]) -> None:
-    """Make the folder a store: the group's metadata come last, and without them nothing opens it."""
-    for stale in store.rglob("*.partial"):
-        stale.unlink()
-    zarr.create_group(LocalStore(store), attributes={"swiftv2": attributes})
-    sync(store / "zarr.json")
-    sync(store)
-    shutil.rmtree(store / STAGING, ignore_errors=True)
+def keep_rows(shard: Path, keep: Set[int]) -> None:
+    """Take rows out of a shard of a small array; what is kept is the same bytes as before, and is not decoded.
+
+    The file is replaced whole; it goes when no row is left.
+
+    Args:
+        shard: the file.
+        keep: rows that stay, by their numbers in the shard.
+
+    Raises:
+        SwiftError: the shard's own index is damaged.
+    """
+    length = 16 * ROWS_PER_SHARD + 4
+    with shard.open("rb") as stream:
+        size = shard.stat().st_size
+        stream.seek(max(0, size - length))
+        table = stream.read()
+        if len(table) != length or crc32c.crc32c(table[:-4]) != int.from_bytes(table[-4:], "little"):
+            raise SwiftError(
+                f"{shard} is damaged (the index of the shard): restore it from a copy, then give the command again"
+            )
+        places = list(struct.iter_unpack("<2Q", table[:-4]))
+        there = sorted((place, row) for row, place in enumerate(places) if place != _ABSENT)
+        kept = [(place, row) for place, row in there if row in keep]
+        if len(kept) == len(there):
+            return
+        content, places = bytearray(), [_ABSENT] * ROWS_PER_SHARD
+        for (offset, count), row in kept:
+            stream.seek(offset)
+            places[row] = (len(content), count)
+            content += stream.read(count)
+    if not kept:
+        shard.unlink()
+        return
+    table = b"".join(struct.pack("<2Q", *place) for place in places)
+    write_file(shard, bytes(content) + table + crc32c.crc32c(table).to_bytes(4, "little"))
+
+
+def write_attributes(store: Path, attributes: dict[str, Any]) -> None:
+    """Make the folder a store, or a store another version of itself: one file, replaced whole."""
+    group = {"attributes": {"swiftv2": attributes}, "zarr_format": 3, "node_type": "group"}
+    write_file(store / "zarr.json", json.dumps(group, indent=2))
+
+
+def index_name(version: int) -> str:
+    """Name of the run index of a version."""
+    return RUNS_FILE if version == 1 else f"runs.{version}.jsonl"
+
+
+def unfinished(store: Path) -> str | None:
+    """The change that was begun and neither finished nor given up: `build`, `append`, `drop`, or None."""
+    if (store / DROPPING / PLAN_FILE).is_file():
+        return "drop"
+    try:
+        plan = json.loads((store / STAGING / PLAN_FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not is_complete(store):
+        return "build"
+    return None if int(plan["version"]) <= int(read_attributes(store)["version"]) else "append"
 
 
 def is_complete(store: Path) -> bool:

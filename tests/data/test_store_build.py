@@ -29,8 +29,9 @@ from store_files import (
 
 from swiftv2.config.data import GridConfig
 from swiftv2.data import layout
-from swiftv2.data.build import Progress, build
+from swiftv2.data.build import build
 from swiftv2.data.store import Store
+from swiftv2.data.tally import Progress
 from swiftv2.errors import SwiftError, UsageError
 
 NITIME = Path(nitime.__file__).parent / "data"
@@ -42,6 +43,7 @@ BUILD = textwrap.dedent("""
     import os, signal, sys
     from pathlib import Path
     from swiftv2.config.data import GridConfig
+    from swiftv2.data import tally
     from swiftv2.data.build import build
     from swiftv2.data.ranks import MPICommunicator
 
@@ -51,6 +53,7 @@ BUILD = textwrap.dedent("""
         if 0 < int(kill_after) <= state.done:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    tally.SECONDS = 0.001
     comm = MPICommunicator() if parallel == "mpi" else None
     build(source, Path(store), GridConfig(voxel_mm=6.0), "demo", salt="fixed salt of the tests",
           progress=progress, comm=comm)
