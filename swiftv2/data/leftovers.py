@@ -11,7 +11,7 @@ from zarr.storage import LocalStore
 from swiftv2.data import layout
 from swiftv2.data.store import Run, Store
 
-_PRIVATE = (layout.SUBJECTS_FILE, layout.REPORT_FILE)
+_PRIVATE = (layout.SUBJECTS_FILE, layout.REPORT_FILE, layout.WITHDRAWALS_FILE)
 _SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")
 _SHOWN = 5
 
@@ -61,7 +61,8 @@ def folder_problems(store: Store) -> Iterator[tuple[str, str]]:
         ):
             unknown.setdefault(relative.parent.as_posix(), []).append(_SUBJECT.sub("sub-*", relative.name))
     for name in sorted(staging):
-        yield "store", f"{name}/ is left of a change that was interrupted: give the same `swiftv2 store {name[1:]}` again"
+        command = "append" if name == layout.STAGING else name[1:]
+        yield "store", f"{name}/ is left of a change that was interrupted: give the same `swiftv2 store {command}` again"
     for folder, names in unknown.items():
         shown = ", ".join(names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")
         where = "" if folder == "." else f" in {folder}"
@@ -86,7 +87,7 @@ def _known(store: Store, relative: str, shards: int) -> bool:
         return True
     if re.fullmatch(rf"bold/(({'|'.join(layout.BOLD_TYPES)})/)?zarr\.json", relative):
         return True
-    small = re.fullmatch(rf"({'|'.join(small.name for small in layout.SMALL_ARRAYS)})/(zarr\.json|c\.(\d+)\.0)", relative)
+    small = re.fullmatch(rf"({'|'.join(small.name for small in layout.SMALL_ARRAYS)})/(zarr\.json|c\.(\d+)\.\d+)", relative)
     if small is None:
         return False
     return small[3] is None or int(small[3]) < shards
