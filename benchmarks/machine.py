@@ -3,7 +3,6 @@
 import argparse
 import ctypes
 import datetime as dt
-import json
 import mmap
 import os
 import platform
@@ -191,8 +190,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def run_child(words: Sequence[str]) -> dict[str, object]:
-    """Run a child that prints one JSON object as its last line.
+def run_children(words: Sequence[str]) -> None:
+    """Run a command that starts processes of a benchmark.
 
     Raises:
         SwiftError: it failed.
@@ -200,8 +199,6 @@ def run_child(words: Sequence[str]) -> dict[str, object]:
     done = subprocess.run(list(words), capture_output=True, text=True, check=False, env=environment())
     if done.returncode:
         raise SwiftError(f"a benchmark's child process failed: {' '.join(done.stderr.strip().splitlines()[-2:])}")
-    found: dict[str, object] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -82,9 +82,9 @@ def formats_page(options: argparse.Namespace, path: Path, runs_seconds: float) -
     )
     yield from prose(
         f"Clips: {options.frames} frames, run and start uniformly random, the same for every format; {options.clips} clips a "
-        f"round, {options.rounds} rounds, every clip by all formats in turn; one process. Medians over rounds, ratios within a "
-        "round (lowest to highest). The older formats are favoured: HDF5 files stay open, `.pt` frames are stacked, not joined "
-        "on their last axis. Checksums are on in this store; the older formats have none."
+        f"round, {options.rounds} rounds, every clip by all formats in turn; one process. Medians over rounds, ratios within "
+        "a round (lowest to highest). The older formats are favoured: HDF5 files stay open, `.pt` frames are stacked, not "
+        "joined on their last axis. Checksums are on in this store; the older formats have none."
     )
     cold = read_in_turn(readers, opened.runs, options.frames, options.clips, options.rounds, cold=True)
     files = [file for reader in readers.values() for run in range(len(opened)) for file in reader.files(run)]
@@ -93,9 +93,9 @@ def formats_page(options: argparse.Namespace, path: Path, runs_seconds: float) -
     warm = read_in_turn(readers, opened.runs, options.frames, options.clips, options.rounds, cold=False)
     left = max(cost.resident for cost in cold.values())
     yield from prose(
-        "Cold: the run's files are dropped (fsync, posix_fadvise DONTNEED) before each clip; "
-        f"{100 * left:.1f} % of their pages were then still in the page cache by mincore. The host below this virtual disk may "
-        f"cache what the guest does not. Warm: {100 * cached:.1f} % of the pages in the page cache."
+        f"Cold: the run's files are dropped (fsync, posix_fadvise DONTNEED) before each clip; {100 * left:.1f} % of their "
+        "pages were then still in the page cache by mincore. The host below this virtual disk may cache what the guest does "
+        f"not. Warm: {100 * cached:.1f} % of the pages in the page cache."
     )
     for title, costs in (("Cold", cold), ("Warm", warm)):
         yield from ["", f"## {title}", "", *_format_rows(costs, options.frames)]
@@ -103,8 +103,8 @@ def formats_page(options: argparse.Namespace, path: Path, runs_seconds: float) -
     calls = {} if options.no_strace else {name: count(options, path, name) for name in made if name not in (LIMIT, FRESH)}
     yield from _size_rows(made, full, calls)
     yield from prose(
-        "Over 64 random clips, the first opening of every file included; worst: each clip from a run whose file was never opened "
-        "before. Counted by strace between the opening of the data set and the end."
+        "Over 64 random clips, the first opening of every file included; worst: each clip from a run whose file was never "
+        "opened before. Counted by strace between the opening of the data set and the end."
     )
     ours = size_of(path)[0] / size_of(made[PT].folder)[0]
     yield from ["", "## Targets", "", *_targets(cold, warm, ours, calls)]
@@ -232,7 +232,8 @@ def loader(path: Path, options: argparse.Namespace) -> Iterator[str]:
                 rates.setdefault((threads, cold), []).append((4 * batches / seconds, (cpu_seconds() - cpu) / (4 * batches)))
     yield from prose(
         f"`BatchReader`, micro-batches of 4 clips with masks and brains, {batches} batches a round, {options.rounds} rounds; "
-        "the first batch's wait included. Cold: shards dropped before the first batch; later clips share pages with earlier ones."
+        "the first batch's wait included. Cold: shards dropped before the first batch; later clips share pages with earlier "
+        "ones."
     )
     median = {key: np.median(np.array(values), axis=0) for key, values in rates.items()}
     heads = ["threads", "cold clips/s", "warm clips/s", "warm MB/s of stored numbers", "CPU ms a clip, warm"]
@@ -280,10 +281,11 @@ def choice_page(options: argparse.Namespace, path: Path, runs_seconds: float) ->
     frames = sum(run.frames for run in opened.runs)
     yield from prose(
         f"Cohort: {len(opened)} runs, {frames} frames, {full / 1e9:.2f} GB as half-precision full volumes, "
-        f"{len(opened.voxels):,} voxels kept; generated in {runs_seconds:.0f} s. Random {options.frames}-frame clips, {options.clips} a round, "
-        f"{options.rounds} rounds; every clip by all readers of one layout in turn and by `.pt`, to which ratios are paired. "
-        "One process; libraries may use both cores, `ours` uses one. All readers verify the checksums. Cold: files dropped before "
-        "each clip (fsync, posix_fadvise DONTNEED); the host below this virtual disk may cache what the guest does not."
+        f"{len(opened.voxels):,} voxels kept; generated in {runs_seconds:.0f} s. Random {options.frames}-frame clips, "
+        f"{options.clips} a round, {options.rounds} rounds; every clip by all readers of one layout in turn and by `.pt`, to "
+        "which ratios are paired. One process; libraries may use both cores, `ours` uses one. All readers verify checksums. "
+        "Cold: files dropped before each clip (fsync, posix_fadvise DONTNEED); the host below this virtual disk may cache "
+        "what the guest does not."
     )
     heads = [
         "codec",
