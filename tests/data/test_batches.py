@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import threading
 import time
@@ -21,7 +22,7 @@ from swiftv2.data.build import build
 from swiftv2.data.clips import index_clips, spread_clips
 from swiftv2.data.masks import brain_cells, draw_mask
 from swiftv2.data.normalise import gather, normalise, scaling, scatter
-from swiftv2.data.order import SampleOrder
+from swiftv2.data.order import Exclusion, SampleOrder
 from swiftv2.data.store import Store
 from swiftv2.errors import SwiftError
 
@@ -73,6 +74,7 @@ class MemorySource:
             for i in range(2 * subjects)
         ]
         self.before_read: Callable[[int, int], None] = lambda _run, _start: None
+        self.after_read: Callable[[int, int, NDArray[Any]], None] = lambda _run, _start, _bold: None
         self.reads = 0
         self._lock = threading.Lock()
 
@@ -86,6 +88,7 @@ class MemorySource:
         assert start + (frames - 1) * stride < run.frames
         times = start + stride * np.arange(frames)
         bold = (self.offset + run_index * 1000 + times[:, None] * 10 + self.voxels % 10).astype(run.dtype)
+        self.after_read(run_index, start, bold)
         if out is None:
             return bold
         out[...] = bold
@@ -234,6 +237,90 @@ def test_a_failure_that_names_its_run_is_passed_on_as_it_is() -> None:
     source.before_read = fail
     with _reader(source) as reader, pytest.raises(SwiftError, match=r"^store x: run run\d was withdrawn: exclude it$"):
         next(reader)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 6])
+@pytest.mark.parametrize("kind", ["checksum", "constant", "not finite"])
+def test_clips_of_no_use_are_replaced_alike_on_every_world_size(world: int, kind: str) -> None:
+    """Whoever reads first, each position holds what the order has there once all clips of no use are excluded."""
+    dtypes = ("float32",) if kind == "not finite" else ("int16",)
+    clips = index_clips(MemorySource().runs, CLIP)
+    bad = {int(i) for i in np.flatnonzero(clips.run == 3)} | {0, 7, 40, len(clips) - 1}
+
+    def broken() -> MemorySource:
+        source = MemorySource(dtypes=dtypes)
+        places = {(int(clips.run[i]), int(clips.start[i])) for i in bad}
+
+        def spoil(run: int, start: int, bold: NDArray[Any]) -> None:
+            if (run, start) in places:
+                if kind == "checksum":
+                    raise SwiftError(f"run {source.runs[run].key}: the checksum fails")
+                bold[...] = 7 if kind == "constant" else np.nan
+
+        source.after_read = spoil
+        return source
+
+    order = SampleOrder(3, len(clips), [Exclusion(clip, 0) for clip in bad])
+    expected = order.clips_at(np.arange(2 * len(clips) // 12 * 12)).tolist()
+    found: dict[int, int] = {}
+    told: dict[int, int] = {}
+    for rank in range(world):
+        options = {"rank": rank, "world_size": world, "micro_batch": 12 // world, "threads": 3, "on_bad_clip": "quarantine"}
+        with _reader(broken(), **options) as reader:
+            for batch in itertools.islice(reader, len(expected) // 12):
+                found |= dict(zip(batch.sample.tolist(), batch.clip.tolist(), strict=True))
+                assert batch.start.tolist() == clips.start[batch.clip].tolist()
+                assert batch.slope.tolist() == [0.5 + clips.run[clip] for clip in batch.clip.tolist()]
+                assert bool((batch.bold.float().std(1).sum(1) > 0).all())
+            told |= {fault.clip: fault.position for fault in reader.faults()}
+            assert reader.faults() == []
+    assert [found[position] for position in range(len(expected))] == expected
+    assert set(told) == bad
+    assert all(position % 12 == 0 for position in told.values())
+
+
+@pytest.mark.parametrize(("kind", "message"), [(7, "does not change from frame to frame"), (np.nan, "NaN or infinity")])
+def test_clips_of_no_use_end_the_run_by_default(kind: float, message: str) -> None:
+    source = MemorySource(dtypes=("float32",))
+
+    def spoil(run: int, _start: int, bold: NDArray[Any]) -> None:
+        if run == 2:
+            bold[...] = kind
+
+    source.after_read = spoil
+    with pytest.raises(SwiftError, match=rf"run run2, frames \d+ to \d+: .*{message}"):
+        _take(_reader(source), 100)
+
+
+def test_reading_ahead_is_bounded_in_bytes() -> None:
+    source = MemorySource()
+    source.voxels = np.arange(0, 120).repeat(2500)
+    source.grid = MemoryGrid((60, 50, 100))
+    # A batch takes 4 clips x 6 frames x 300,000 voxels x 2 bytes, some 14 MB.
+    with _reader(source, threads=4, prefetch=9, prefetch_mb=45) as reader:
+        next(reader)
+        time.sleep(1.0)
+        assert source.reads == (1 + 2) * 4
+
+
+def test_clips_come_at_another_repetition_time() -> None:
+    """A ramp in time stays that ramp, whatever TR it was sampled at; both kinds of runs meet in one batch."""
+    source = MemorySource()
+    source.runs = [dataclasses.replace(run, tr=1.0 if i % 2 else 2.0, frames=60) for i, run in enumerate(source.runs)]
+    config = ClipConfig(frames=8, target_tr=1.5)
+    clips = index_clips(source.runs, config)
+    with BatchReader(source, clips, SampleOrder(0, len(clips)), MASK, ZNORM, seed=0, micro_batch=6) as reader:
+        for batch in itertools.islice(reader, 6):
+            assert batch.bold.dtype == torch.float32
+            assert batch.tr.tolist() == [1.5] * 6
+            for i, clip in enumerate(batch.clip.tolist()):
+                run = int(clips.run[clip])
+                offset = run * 1000 + source.voxels % 10
+                seconds = batch.start[i].item() * source.runs[run].tr + 1.5 * np.arange(8)
+                ramp = offset + 10 * seconds[:, None] / source.runs[run].tr
+                # A faster run is averaged over two target steps, whose weights lean at the clip's ends.
+                atol = 1e-3 if run % 2 == 0 else 4.0
+                np.testing.assert_allclose(batch.bold[i].numpy(), ramp, atol=atol)
 
 
 def test_closing_ends_the_threads_and_the_iteration() -> None:
