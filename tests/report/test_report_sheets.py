@@ -42,7 +42,12 @@ def cohort_sheet(*, maps: bool = True, outliers: int = 2) -> CohortSheet:
 
 def test_a_cohort_takes_two_pages_and_a_run_one() -> None:
     stream = io.BytesIO()
-    sheets = [cohort_sheet(), cohort_sheet(maps=False, outliers=90), run_sheet(), run_sheet(confounds=False, cleaned=True)]
+    sheets: list[CohortSheet | RunSheet] = [
+        cohort_sheet(),
+        cohort_sheet(maps=False, outliers=90),
+        run_sheet(),
+        run_sheet(confounds=False, cleaned=True),
+    ]
     assert draw(stream, iter(sheets)) == 6
     data = stream.getvalue()
     assert data.startswith(b"%PDF")
