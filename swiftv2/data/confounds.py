@@ -84,7 +84,7 @@ def _read_columns(path: Path, frames: int) -> dict[str, list[str]]:
     names = [name.strip() for name in header]
     if len(names) == 1 and "," in names[0]:
         raise RefusedError("the confound table has commas between its cells: tabs are expected")
-    if not names or all(_is_number(cell) for name in names for cell in name.split()):
+    if not names or "\0" in "".join(names) or all(_is_number(cell) for name in names for cell in name.split()):
         raise RefusedError("the confound table has no header line with names of columns")
     if len(set(names)) < len(names):
         raise RefusedError("the confound table has two columns of one name")

@@ -139,19 +139,25 @@ def _describe(path: Path, root: Path, folders: Folders) -> Source:
 
 def _with_labels(sources: list[Source], table: LabelTable) -> tuple[list[Source], tuple[LabelRow, ...]]:
     """Let label lines that name a file say whose it is; join repetition times; merge the lines."""
-    by_file = {row.file: row for row in table.rows if row.file}
+    by_file: dict[str, LabelRow] = {}
+    for row in table.rows:
+        if row.file and by_file.setdefault(row.file, row).name != row.name:
+            raise UsageError(
+                "the label tables give one file to several subjects, sessions, tasks or runs: keep one line a file"
+            )
     named: dict[str, RunName] = {}
     for place, source in enumerate(sources):
-        row = next((by_file[name] for name in (source.relative, str(source.path), source.path.name) if name in by_file), None)
-        if row is not None:
+        named_by = [name for name in (source.relative, str(source.path), source.path.name) if name in by_file]
+        if named_by:
+            owner = by_file[named_by[0]]
             sources[place] = replace(
                 source,
-                subject=row.subject,
-                session=row.session or source.session,
-                task=row.task or source.task,
-                run=row.run or source.run,
+                subject=owner.subject,
+                session=owner.session or source.session,
+                task=owner.task or source.task,
+                run=owner.run or source.run,
             )
-            named[row.file] = sources[place].name
+            named[owner.file] = sources[place].name
     bound = replace(table, rows=label_tables.bind_files(table.rows, named))
     names = [source.name for source in sources]
     label_tables.check_labels(bound, names)

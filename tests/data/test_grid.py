@@ -60,6 +60,32 @@ def test_half_a_millimetre_off_is_not_exact() -> None:
     assert not place(grid, voxels, (97, 115, 97), affine_at(2, (-96.5, -132.5, -78.5))).exact
 
 
+@pytest.mark.parametrize(("fine", "ratio"), [(1.0, 6.0), (3.0, 2.0), (4.0, 1.5)])
+def test_fine_files_are_smoothed_to_the_width_of_the_grids_voxels(fine: float, ratio: float) -> None:
+    grid = mni152_grid(6.0, "RAS", FSL)
+    turn = np.eye(4)
+    turn[:2, :2] = [[0.6, -0.8], [0.8, 0.6]]  # an oblique file has the same voxels
+    for affine in (affine_at(fine, (-90, -126, -72)), turn @ affine_at(fine, (-90, -126, -72), left=True)):
+        placement = place(grid, kept_voxels(grid, "box"), (10, 10, 10), affine)
+        width = np.asarray(placement.sigma) * np.sqrt(8 * np.log(2))  # full width at half maximum, in voxels of the file
+        np.testing.assert_allclose(np.sqrt(width**2 + 1), ratio)
+
+
+@pytest.mark.parametrize("edges", [(6.0, 6.0, 6.0), (8.0, 7.0, 6.02)])
+def test_coarse_files_need_no_smoothing(edges: tuple[float, float, float]) -> None:
+    grid = mni152_grid(6.0, "RAS", FSL)
+    affine = np.diag([*edges, 1.0])
+    affine[:3, 3] = 0.7
+    assert place(grid, kept_voxels(grid, "box"), (10, 10, 10), affine).sigma == (0.0, 0.0, 0.0)
+
+
+def test_only_fine_axes_are_smoothed() -> None:
+    grid = mni152_grid(6.0, "RAS", FSL)
+    affine = np.diag([6.0, 6.0, 3.0, 1.0])
+    sigma = place(grid, kept_voxels(grid, "box"), (10, 10, 10), affine).sigma
+    assert sigma == pytest.approx((0.0, 0.0, np.sqrt(3 / (8 * np.log(2)))))
+
+
 @pytest.mark.parametrize("voxel_mm", [5.0, 7.0, 12.0, 96.0])
 def test_voxels_that_do_not_divide_the_cube_are_refused(voxel_mm: float) -> None:
     with pytest.raises(UsageError, match="does not divide"):

@@ -7,10 +7,20 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 from store_files import SHAPE, bold_values, mni_affine, nifti, save_nifti
 
-from swiftv2.data.grid import kept_voxels, place, source_grid
-from swiftv2.data.nifti import Header, RefusedError, background_number, read_bold, read_header, repetition_time
+from swiftv2.data.grid import Placement, kept_voxels, place, source_grid
+from swiftv2.data.nifti import (
+    Bold,
+    Header,
+    RefusedError,
+    background_number,
+    read_bold,
+    read_header,
+    read_mask,
+    repetition_time,
+)
 
 
 def read_all(path: Path) -> np.ndarray:
@@ -98,6 +108,141 @@ def test_stored_numbers_come_out_as_they_are(suffix: str, dtype: str, tmp_path: 
     header = read_header(path)
     assert (header.slope, header.intercept, header.orientation) == (0.5, 3.0, "RAS")
     np.testing.assert_array_equal(read_all(path), data.transpose(3, 0, 1, 2).reshape(4, -1))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", ">i4", ">f8", "float64"])
+def test_every_real_number_type_is_read(dtype: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    data = rng.integers(0, 120, size=(3, 4, 5, 6)).astype(dtype)
+    image = nifti.Nifti1Image(data, mni_affine(), dtype=np.dtype(dtype))
+    image.set_sform(mni_affine(), code=4)
+    nifti.save(image, tmp_path / "run.nii.gz")
+    assert read_header(tmp_path / "run.nii.gz").dtype == np.dtype(dtype).newbyteorder("=")
+    np.testing.assert_array_equal(read_all(tmp_path / "run.nii.gz"), data.transpose(3, 0, 1, 2).reshape(6, -1))
+
+
+@pytest.mark.parametrize(
+    ("slope", "intercept", "expected"),
+    [(0.0, 7.0, (1.0, 0.0)), (np.nan, np.nan, (1.0, 0.0)), (2.0, 7.0, (2.0, 7.0)), (-0.5, 0.0, (-0.5, 0.0))],
+)
+def test_a_slope_of_zero_or_none_means_no_scale(
+    slope: float, intercept: float, expected: tuple[float, float], tmp_path: Path
+) -> None:
+    path = good(tmp_path / "run.nii")
+    content = bytearray(path.read_bytes())
+    content[112:120] = np.asarray([slope, intercept], dtype="<f4").tobytes()
+    path.write_bytes(bytes(content))
+    header = read_header(path)
+    assert (header.slope, header.intercept) == expected
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_a_header_is_read_without_the_volumes(suffix: str, tmp_path: Path) -> None:
+    path = good(tmp_path / f"run{suffix}")
+    whole = read_header(path)
+    path.write_bytes(path.read_bytes()[:40_000])  # of 490,000 (compressed 120,000)
+    again = read_header(path)
+    assert (again.shape, again.frames, again.dtype, again.tr) == (whole.shape, whole.frames, whole.dtype, whole.tr)
+    with pytest.raises(RefusedError, match="truncated"):
+        read_all(path)
+
+
+def test_what_follows_the_volumes(tmp_path: Path) -> None:
+    path = good(tmp_path / "run.nii.gz")
+    data, whole = read_all(path), path.read_bytes()
+    content = gzip.decompress(whole)
+    split = 352 + 1001
+    path.write_bytes(gzip.compress(content[:split]) + gzip.compress(content[split:]))  # two members: one stream, says gzip
+    np.testing.assert_array_equal(read_all(path), data)
+    path.write_bytes(whole + b"\0" * 512)  # padding, as tapes leave it
+    np.testing.assert_array_equal(read_all(path), data)
+    path.write_bytes(whole + b"something else")
+    with pytest.raises(RefusedError, match="truncated or damaged"):
+        read_all(path)
+    volume = data[0].nbytes
+    path.write_bytes(gzip.compress(content + b"\1" * (volume - 1)))
+    np.testing.assert_array_equal(read_all(path), data)
+    path.write_bytes(whole + gzip.compress(b"\1" * volume))
+    with pytest.raises(RefusedError, match="more volumes than its header states"):
+        read_all(path)
+    plain = tmp_path / "run.nii"
+    plain.write_bytes(content + b"\1" * volume)
+    with pytest.raises(RefusedError, match="more volumes"):
+        read_all(plain)
+
+
+FINE_MM, FINE_SHAPE = 3.0, (30, 32, 28)
+
+
+def resampled(volume: np.ndarray, coarse_mm: float, path: Path) -> tuple[Bold, Placement, np.ndarray]:
+    """A volume at 3 mm, twice, brought to another grid; where its voxels lie in the file, and in world coordinates."""
+    affine = np.diag([FINE_MM, FINE_MM, FINE_MM, 1.0])
+    save_nifti(path, np.stack([volume, volume], axis=-1), affine)
+    coarse = np.diag([coarse_mm, coarse_mm, coarse_mm, 1.0])
+    coarse[:3, 3] = 12.0
+    shape = tuple(int((size - 8) * FINE_MM / coarse_mm) for size in FINE_SHAPE)
+    grid = source_grid((shape[0], shape[1], shape[2]), coarse, "RAS", "scanner")
+    voxels = kept_voxels(grid, "box")
+    header = read_header(path)
+    placement = place(grid, voxels, header.shape, header.affine)
+    return read_bold(path, header, placement), placement, grid.world(voxels)
+
+
+def unsmoothed(volume: np.ndarray, placement: Placement) -> np.ndarray:
+    return np.asarray(ndimage.map_coordinates(volume, placement.coordinates.T, order=1))
+
+
+@pytest.mark.parametrize(("axes", "left"), [(1, 0.15), (2, 0.03), (3, 0.01)])
+def test_detail_that_the_grid_cannot_hold_does_not_come_back_as_another(axes: int, left: float, tmp_path: Path) -> None:
+    steps = sum(np.meshgrid(*(np.arange(size) * (axis < axes) for axis, size in enumerate(FINE_SHAPE)), indexing="ij"))
+    board = (1000 + 100 * (-1.0) ** np.asarray(steps)).astype(np.float32)
+    bold, placement, _ = resampled(board, 6.0, tmp_path / "board.nii")
+    # At every other voxel the board looks constant, at 1100: pure false signal.
+    assert np.ptp(unsmoothed(board, placement)) == 0
+    assert unsmoothed(board, placement)[0] == pytest.approx(1100)
+    np.testing.assert_allclose(bold.numbers, 1000, atol=100 * left)
+
+
+def test_detail_just_beyond_the_grid_is_weakened_for_any_ratio(tmp_path: Path) -> None:
+    x = np.arange(FINE_SHAPE[0])[:, None, None] * FINE_MM
+    wave = 1000 + 100 * np.cos(2 * np.pi * x / 6.5) * np.ones(FINE_SHAPE)  # a period of 6.5 mm; 4.5 mm voxels hold 9
+    bold, placement, _ = resampled(wave.astype(np.float32), 4.5, tmp_path / "wave.nii")
+    assert bold.numbers.std() < 0.7 * unsmoothed(wave, placement).std()
+
+
+@pytest.mark.parametrize("coarse_mm", [4.0, 6.0])
+def test_a_smooth_image_is_kept(coarse_mm: float, tmp_path: Path) -> None:
+    x, y, z = np.meshgrid(*(np.arange(size) * FINE_MM for size in FINE_SHAPE), indexing="ij")
+    smooth = 1000 + 100 * np.exp(-((x - 45) ** 2 + (y - 48) ** 2 + (z - 42) ** 2) / (2 * 15.0**2)) + 2 * y
+    bold, placement, world = resampled(smooth.astype(np.float32), coarse_mm, tmp_path / "smooth.nii")
+    there = np.exp(-((world - (45, 48, 42)) ** 2).sum(axis=1) / (2 * 15.0**2))
+    # A blob of 35 mm full width loses 5 % of its height at most, a gradient nothing.
+    assert placement.inside.all()
+    np.testing.assert_allclose(bold.numbers[0], 1000 + 100 * there + 2 * world[:, 1], atol=5.0)
+
+
+def test_coarse_files_are_not_smoothed(tmp_path: Path) -> None:
+    rough = np.random.default_rng(0).normal(1000, 50, FINE_SHAPE).astype(np.float32)
+    for edge in (2.0, 3.0):
+        bold, placement, _ = resampled(rough, edge, tmp_path / "rough.nii")
+        if placement.exact:
+            np.testing.assert_array_equal(bold.numbers[0], unsmoothed(rough, placement).astype(np.float32))
+        assert placement.sigma == (0.0, 0.0, 0.0)
+        np.testing.assert_allclose(bold.numbers[0], unsmoothed(rough, placement), rtol=1e-6)
+
+
+def test_masks_follow_from_one_half_on(tmp_path: Path) -> None:
+    brain = np.zeros(FINE_SHAPE, dtype=np.int16)
+    brain[8:22, 8:22, 8:22] = 1
+    bold, placement, world = resampled((brain * 900).astype(np.int16), 6.0, tmp_path / "bold.nii")
+    save_nifti(tmp_path / "mask.nii", brain.astype(np.uint8), np.diag([FINE_MM, FINE_MM, FINE_MM, 1.0]))
+    mask = read_mask(tmp_path / "mask.nii", read_header(tmp_path / "bold.nii"), placement)
+    np.testing.assert_array_equal(mask, bold.nonzero)
+    # Its faces lie at 22.5 and 64.5 mm: nothing beyond them counts; all within them does, but for rounded corners.
+    assert mask[((world > 25.5) & (world < 61.5)).all(axis=1)].all()
+    assert not mask[((world < 22.5) | (world > 64.5)).any(axis=1)].any()
+    # What interpolation smears beyond the brain is no brain.
+    assert (bold.numbers[0] > 0).sum() > mask.sum()
 
 
 def header_with(tr: float | None) -> Header:
