@@ -43,7 +43,7 @@ def info(store: str | Path) -> dict[str, Any]:
         **described.summary(everything),
         "bytes": size,
         "files": files,
-        "files_per_run": round(files / max(1, sum(not run.withdrawn for run in opened.runs)), 3),
+        "files_per_run": round(files / max(1, sum(run.present for run in opened.runs)), 3),
     }
 
 
@@ -68,7 +68,7 @@ class _Described:
 
     def summary(self, indices: Sequence[int]) -> dict[str, Any]:
         """Counts over some of the runs."""
-        here = [i for i in indices if not self._store.runs[i].withdrawn]
+        here = [i for i in indices if self._store.runs[i].present]
         runs = [self._store.runs[i] for i in here]
         motion = np.array([self._motion[i] for i in here if i in self._motion]).reshape(-1, 4).sum(axis=0)
         labels = self._labels
@@ -97,7 +97,7 @@ class _Described:
 
 
 def _tells_motion(run: Run) -> bool:
-    return run.confounds and not run.withdrawn
+    return run.confounds and run.present
 
 
 def _motion(store: Store, index: int) -> tuple[float, float, float, float]:

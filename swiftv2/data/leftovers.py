@@ -4,6 +4,7 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import zarr
 from zarr.storage import LocalStore
@@ -33,30 +34,31 @@ def index_problems(run: Run, version: int) -> Iterator[str]:
         yield "its statistics in the index are missing or not finite: build the store again"
     if run.frames < 1 or not 0 <= run.steady_from < run.frames or run.tr <= 0:
         yield "its frames or repetition time in the index make no sense: build the store again"
-    if int(getattr(run, "since", 1)) > version:
+    if run.since > version:
         yield "its line of the index is of a later version than the store"
 
 
 def folder_problems(store: Store) -> Iterator[tuple[str, str]]:
     """What the folder holds that it should not: (pseudonymous key of a run, or `store`; what is wrong)."""
     withdrawn = {run.row: run for run in store.runs if run.withdrawn}
-    rows = {(run.dtype, run.row) for run in store.runs if not run.withdrawn}
+    lengths = {dtype: _open(store, f"bold/{dtype}").shards[1] for dtype in {run.dtype for run in store.runs if run.present}}
+    shards_of = {(run.dtype, run.row): -(-run.frames // lengths[run.dtype]) for run in store.runs if run.present}
     unknown: dict[str, list[str]] = {}
     staging = set()
-    shards = -(-_rows(store) // layout.ROWS_PER_SHARD)
+    shards = -(-int(_open(store, layout.SMALL_ARRAYS[0].name).shape[0]) // layout.ROWS_PER_SHARD)
     for path in sorted(store.path.rglob("*")):
         relative = path.relative_to(store.path)
         top = relative.parts[0]
         if re.fullmatch(r"\.[a-z]+", top) and (store.path / top).is_dir():
             staging.add(top)
             continue
-        shard = re.fullmatch(r"bold/(\w+)/c\.(\d+)\.\d+\.0", relative.as_posix())
+        shard = re.fullmatch(r"bold/(\w+)/c\.(\d+)\.(\d+)\.0", relative.as_posix())
         if shard is not None and int(shard[2]) in withdrawn:
             text = f"withdrawn, but its data are there ({relative.as_posix()}): give `swiftv2 store drop` again"
             yield withdrawn[int(shard[2])].key, text
         elif not (
             path.is_dir()
-            or (shard is not None and (shard[1], int(shard[2])) in rows)
+            or (shard is not None and int(shard[3]) < shards_of.get((shard[1], int(shard[2])), 0))
             or _known(store, relative.as_posix(), shards)
         ):
             unknown.setdefault(relative.parent.as_posix(), []).append(_SUBJECT.sub("sub-*", relative.name))
@@ -70,9 +72,8 @@ def folder_problems(store: Store) -> Iterator[tuple[str, str]]:
     yield from _private_problems(store, withdrawn)
 
 
-def _rows(store: Store) -> int:
-    """Rows of every array, those of refused runs included."""
-    return int(zarr.open_array(LocalStore(store.path / layout.SMALL_ARRAYS[0].name, read_only=True), mode="r").shape[0])
+def _open(store: Store, name: str) -> Any:
+    return zarr.open_array(LocalStore(store.path / name, read_only=True), mode="r")
 
 
 def _known(store: Store, relative: str, shards: int) -> bool:
@@ -99,7 +100,7 @@ def _private_problems(store: Store, withdrawn: dict[int, Run]) -> Iterator[tuple
         path = store.path / name
         if path.exists() and path.stat().st_mode & 0o077:
             yield "store", f"{name} holds ids and is open to others: chmod 600"
-    present = {run.subject for run in store.runs if not run.withdrawn}
+    present = {run.subject for run in store.runs if run.present}
     gone = {run.subject for run in withdrawn.values()} - present
     with contextlib.suppress(OSError):
         content = (store.path / layout.SUBJECTS_FILE).read_text(encoding="utf-8")

@@ -1,7 +1,6 @@
 """Checking a store byte by byte: by one process, by several on one machine, or by the ranks of MPI."""
 
 import bisect
-import heapq
 import multiprocessing
 import os
 import signal
@@ -20,7 +19,7 @@ from zarr.storage import LocalStore
 
 from swiftv2.data import layout
 from swiftv2.data.leftovers import folder_problems, index_problems
-from swiftv2.data.ranks import Alone, Communicator
+from swiftv2.data.ranks import Alone, Communicator, share
 from swiftv2.data.statistics import run_statistics, voxel_statistics
 from swiftv2.data.store import Run, Store
 from swiftv2.errors import SwiftError, UsageError
@@ -117,7 +116,7 @@ def verify(
 
 def _jobs(store: Store) -> list[_Job]:
     """All pieces of work, the largest first."""
-    jobs = [_Job("", index, run.bytes) for index, run in enumerate(store.runs) if not run.withdrawn]
+    jobs = [_Job("", index, run.bytes) for index, run in enumerate(store.runs) if run.present]
     for small in layout.SMALL_ARRAYS:
         rows = int(_open(store, small.name).shape[0])
         jobs += [_Job(small.name, shard, 0) for shard in range(-(-rows // layout.ROWS_PER_SHARD))]
@@ -154,26 +153,17 @@ def _alone(store: Store, jobs: Sequence[_Job], progress: Progress | None) -> lis
 
 def _by_ranks(store: Store, jobs: Sequence[_Job], ranks: Communicator, progress: Progress | None) -> list[_Outcome]:
     """Outcomes of all ranks, on rank 0: jobs are dealt, largest first, to the rank with the least so far."""
-    shares = _deal(jobs, ranks.size)
-    mine, meter, outcomes = shares[ranks.rank], _Meter(jobs, progress), []
-    step = max(1, -(-max(len(share) for share in shares) // _ROUNDS))
-    for first in range(0, max(len(share) for share in shares), step):
+    mine = [jobs[place] for place in share([job.size + 1 for job in jobs], ranks)]
+    meter, outcomes = _Meter(jobs, progress), []
+    longest: int = ranks.bcast(max(ranks.gather(len(mine)) or [0]))
+    step = max(1, -(-longest // _ROUNDS))
+    for first in range(0, longest, step):
         gathered = ranks.gather([_check(store, job) for job in mine[first : first + step]])
         if gathered is not None:
             new = [one for part in gathered for one in part]
             meter.add(new)
             outcomes += new
     return outcomes
-
-
-def _deal(jobs: Sequence[_Job], count: int) -> list[list[_Job]]:
-    shares: list[list[_Job]] = [[] for _ in range(count)]
-    loads = [(0, rank) for rank in range(count)]
-    for job in jobs:
-        load, rank = heapq.heappop(loads)
-        shares[rank].append(job)
-        heapq.heappush(loads, (load + job.size + 1, rank))
-    return shares
 
 
 _opened: dict[str, Store] = {}
@@ -263,7 +253,7 @@ def _check_shared(store: Store, job: _Job) -> list[Problem]:
         problems.append(("store", f"shard {job.number} of {small.name} holds rows beyond the last one"))
     for row in range(first, last):
         run = runs.get(row)
-        if run is not None and not run.withdrawn:
+        if run is not None and run.present:
             continue
         try:
             empty = np.array_equal(

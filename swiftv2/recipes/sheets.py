@@ -80,7 +80,7 @@ def draw_sheets(
     opened = Store.open(store)
     if folder.resolve().is_relative_to(opened.path.resolve()):
         raise UsageError(f"{folder} lies in the store: give a folder elsewhere")
-    present = [index for index, run in enumerate(opened.runs) if not run.withdrawn]
+    present = [index for index, run in enumerate(opened.runs) if run.present]
     if not present:
         raise SwiftError(f"store {opened.path}: all its runs are withdrawn, there is nothing to draw")
     drawn = opened.generated or individuals
@@ -189,7 +189,7 @@ class _Cohort:
             somewhere = self.count > 0
             with np.errstate(invalid="ignore"):
                 mean, tsnr = (cut(store.grid, store.voxels, sums / self.count, somewhere) for sums in (self.mean, self.tsnr))
-        runs = [run for run in store.runs if run.cohort == self.name and not run.withdrawn]
+        runs = [run for run in store.runs if run.cohort == self.name and run.present]
         return CohortSheet(
             title=self.name,
             facts=_cohort_facts(store, runs),

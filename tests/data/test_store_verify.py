@@ -12,8 +12,10 @@ from ranks import swiftv2_run
 from store_files import GRID, bold_values, contents, save_run
 
 from swiftv2.data import layout
+from swiftv2.data.append import append
 from swiftv2.data.build import build
 from swiftv2.data.contents import info
+from swiftv2.data.drop import drop, read_withdrawals
 from swiftv2.data.store import Store
 from swiftv2.data.verify import verify
 from swiftv2.errors import SwiftError, UsageError
@@ -162,6 +164,28 @@ def test_data_of_a_withdrawn_run_are_found(store: Path) -> None:
     assert all("swiftv2 store drop" in text for _, text in bad)
 
 
+def test_appended_and_dropped_stores_are_sound_until_something_comes_back(store: Path, tmp_path: Path) -> None:
+    save_run(tmp_path / "more", "s7", bold_values(7, frames=FRAMES + 20))
+    append(tmp_path / "more", store, "later")
+    assert verify(store, workers=1).bad == ()
+    before = contents(store)
+    (tmp_path / "withdrawn.txt").write_text("s1\n")
+    drop(store, read_withdrawals(store, tmp_path / "withdrawn.txt"))
+    assert verify(store, workers=1).bad == ()
+    facts = info(store)
+    assert (facts["version"], facts["runs"], facts["withdrawn"], facts["cohorts"]["demo"]["withdrawn"]) == (3, 3, 1, 1)
+    assert [change["change"] for change in facts["history"]] == ["build", "append", "drop"]
+    assert list(facts["cohorts"]) == ["demo", "later"]
+    gone = next(run for run in Store.open(store).runs if run.withdrawn)
+    # A backup that is copied over the store brings the data back, beside the newer index.
+    for name, data in before.items():
+        if name.startswith(("bold/", "brain/", "voxel_")) or name in (layout.SUBJECTS_FILE, layout.REPORT_FILE):
+            (store / name).write_bytes(data)
+    bad = verify(store, workers=1).bad
+    assert {key for key, _ in bad} == {gone.key}
+    assert len(bad) == 6
+
+
 def test_a_tombstone_that_still_tells_of_its_data_is_found(store: Path) -> None:
     change_index(store, lambda lines: lines[0].update(withdrawn=1))
     assert any("line of the index" in text for _, text in verify(store).bad)
@@ -172,12 +196,13 @@ def test_what_does_not_belong_is_found(store: Path) -> None:
     shard = layout.bold_shards(store, "int16", 0)[0]
     (store / "sub-ab12_notes.txt").write_text("mine")
     shutil.copy(shard, shard.with_name("c.7.0.0"))  # a row of no run
+    shutil.copy(shard, shard.with_name("c.0.4.0"))  # frames that no run has
     (store / ".drop").mkdir()
     (store / ".drop" / "plan.json").write_text("{}")
     assert verify(store).bad == (
         ("store", ".drop/ is left of a change that was interrupted: give the same `swiftv2 store drop` again"),
         ("store", "1 files are no part of the store (sub-*_notes.txt): move them away"),
-        ("store", "1 files in bold/int16 are no part of the store (c.7.0.0): move them away"),
+        ("store", "2 files in bold/int16 are no part of the store (c.0.4.0, c.7.0.0): move them away"),
     )
     np.testing.assert_array_equal(opened.read_bold(0, 0, 3), Store.open(store).read_bold(0, 0, 3))
 
