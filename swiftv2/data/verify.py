@@ -385,5 +385,7 @@ def _check_numbers(run: Run, bold: Any, rows: dict[str, Any]) -> list[str]:
     if displacement is not None and (displacement < 0).any():
         problems.append("its framewise displacement is negative")
     known = (0, 1, layout.UNKNOWN)
-    flags = [name for name in ("censored", "non_steady_state") if rows[name] is not None and not np.isin(rows[name], known).all()]
+    flags = [
+        name for name in ("censored", "non_steady_state") if rows[name] is not None and not np.isin(rows[name], known).all()
+    ]
     return problems + [f"its {name} flags are neither 0 nor 1 nor unknown" for name in flags]
