@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftv2.commands.ranks import communicator
-from swiftv2.errors import UsageError
+from swiftv2.errors import SwiftError, UsageError
 from swiftv2.terminal import Shown, add_command, add_json, answer, table
 
 FAILED = 1
@@ -107,7 +107,12 @@ def _store_verify(arguments: argparse.Namespace) -> int:
 
     ranks = communicator("store verify")
     with Shown("runs", shown=ranks.rank == 0) as shown:
-        report = verify(arguments.store, shown.update, workers=arguments.workers, comm=ranks)
+        try:
+            report = verify(arguments.store, shown.update, workers=arguments.workers, comm=ranks)
+        except SwiftError as error:
+            if ranks.rank:  # It is the same on all ranks: the first one says it.
+                return error.exit_status
+            raise
     if ranks.rank == 0:
         values = {"ok": report.ok, "runs": report.runs, "bytes": report.bytes, "bad": [list(pair) for pair in report.bad]}
         head = f"{arguments.store}: {report.runs} runs, {report.bytes / 1e6:.1f} MB read, {len(report.bad)} problems"

@@ -19,7 +19,7 @@ from zarr.storage import LocalStore
 
 from swiftv2.data import layout
 from swiftv2.data.leftovers import folder_problems, index_problems
-from swiftv2.data.ranks import Alone, Communicator, share
+from swiftv2.data.ranks import Alone, Communicator, on_first, share, together
 from swiftv2.data.statistics import run_statistics, voxel_statistics
 from swiftv2.data.store import Run, Store
 from swiftv2.errors import SwiftError, UsageError
@@ -97,21 +97,23 @@ def verify(
     ranks = comm or Alone()
     if workers is not None and (workers < 1 or (ranks.size > 1 and workers > 1)):
         raise UsageError("--workers takes a number of processes on one machine, 1 or more; ranks of MPI share by themselves")
-    opened = Store.open(store)
-    jobs = _jobs(opened)
+    opened = together(ranks, lambda: Store.open(store))
+    jobs = together(ranks, lambda: _jobs(opened))
     if ranks.size > 1:
         outcomes = _by_ranks(opened, jobs, ranks, progress)
     else:
         count = min(workers or _worth(jobs), len(jobs))
         outcomes = _by_workers(opened, jobs, count, progress) if count > 1 else _alone(opened, jobs, progress)
-    bad: list[Problem] | None = None
-    if ranks.rank == 0:
-        bad = [*(("store", problem) for problem in _whole_store(opened)), *folder_problems(opened)]
-        bad += [(run.key, problem) for run in opened.runs for problem in index_problems(run, opened.version)]
-        order = {"store": -1} | {run.key: run.row for run in opened.runs}
-        bad = sorted(dict.fromkeys([*bad, *(p for one in outcomes for p in one.problems)]), key=lambda p: (order[p[0]], *p))
-    size = sum(one.size for one in outcomes)
-    return VerifyReport(*ranks.bcast((len(opened.runs), size, tuple(bad or ()))))
+    return on_first(ranks, lambda: _report(opened, outcomes))
+
+
+def _report(store: Store, outcomes: Sequence[_Outcome]) -> VerifyReport:
+    bad = [*(("store", problem) for problem in _whole_store(store)), *folder_problems(store)]
+    bad += [(run.key, problem) for run in store.runs for problem in index_problems(run, store.version)]
+    bad += [problem for outcome in outcomes for problem in outcome.problems]
+    order = {"store": -1} | {run.key: run.row for run in store.runs}
+    unique = sorted(dict.fromkeys(bad), key=lambda problem: (order[problem[0]], *problem))
+    return VerifyReport(len(store.runs), sum(outcome.size for outcome in outcomes), tuple(unique))
 
 
 def _jobs(store: Store) -> list[_Job]:

@@ -264,6 +264,10 @@ def test_workers_and_ranks_find_the_same(store: Path) -> None:
     assert json.loads(done.stdout)["bad"] == [list(pair) for pair in alone.bad]
     with pytest.raises(UsageError, match="--workers"):
         verify(store, workers=0)
+    (store / layout.RUNS_FILE).unlink()
+    done = swiftv2_run(["store", "verify", str(store)], ranks=2, launcher="mpiexec")
+    assert done.returncode == 1
+    assert done.stderr.count("is missing") == 1, "one line for all ranks"
 
 
 def test_reading_beyond_the_end_is_refused(store: Path) -> None:
