@@ -185,8 +185,8 @@ def child(script: str, *words: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Environment of child processes: the package is found as here."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """Environment of child processes: package and benchmarks are found as here."""
+    paths = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
