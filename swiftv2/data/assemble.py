@@ -42,7 +42,7 @@ def take(job: Job, ranks: Communicator, progress: Callable[[Progress], None] | N
     with contextlib.ExitStack() as held:
         plan = on_first(ranks, lambda: _plan(job, inspected))
         if not plan.candidates:
-            return on_first(ranks, lambda: _nothing(job, plan, plan.refused))
+            return on_first(ranks, lambda: job.guarded(lambda: _no_candidate(job, plan)))
         done = on_first(ranks, lambda: job.guarded(lambda: _begin(job, plan, held)))
         _work(job, plan, ranks, done, progress)
         entries = each(ranks, plan.candidates, lambda candidate: _read_entry(job, candidate))
@@ -65,6 +65,12 @@ def _plan(job: Job, inspected: list[Inspected]) -> Plan:
     if job.base is not None:
         subjects_of(job, plan, ())  # Labels that contradict the store's stop it before anything is written.
     return plan
+
+
+def _no_candidate(job: Job, plan: Plan) -> BuildReport:
+    if layout.unfinished(job.store) is None:
+        write_report(job, plan, [], list(plan.refused))
+    return _nothing(job, plan, plan.refused)
 
 
 def _nothing(job: Job, plan: Plan, refused: tuple[Refused, ...]) -> BuildReport:

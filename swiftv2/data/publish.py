@@ -115,16 +115,19 @@ def report_of(
 def write_report(job: Job, plan: Plan, runs: list[Run], refused: list[Refused]) -> None:
     """Put what becomes of each file into the report, in place of what an interrupted attempt wrote there.
 
-    Files of subjects who withdrew are not named: their ids are to be nowhere in the store.
+    Files of subjects who withdrew are not named: their ids are to be nowhere in the store. A refusal that a former version's
+    report tells of is not told again.
     """
     names = {candidate.key: candidate.source.relative for candidate in plan.candidates}
     told = [(names[run.key], run.key, run.subject, "taken", "") for run in runs]
     told += [(one.file, one.key, one.subject, "refused", one.reason) for one in refused if one.reason != WITHDRAWN]
     columns = ("file", "run", "subject", "status", "reason")
-    lines = [{**dict(zip(columns, line, strict=True)), "version": plan.version} for line in sorted(told)]
+    lines = [dict(zip(columns, line, strict=True)) for line in sorted(told)]
     path = job.store / layout.REPORT_FILE
     former = [] if job.base is None else [line for line in read_lines(path) if line["version"] < plan.version]
-    write_lines(path, former + lines)
+    known = {tuple(line[name] for name in columns) for line in former}
+    new = [{**line, "version": plan.version} for line in lines if tuple(line.values()) not in known]
+    write_lines(path, former + new)
 
 
 def commit(job: Job, plan: Plan, runs: tuple[Run, ...], refused: tuple[Refused, ...]) -> None:
