@@ -12,9 +12,12 @@ from ranks import swiftv2_run
 from test_pretrain import CONFIG, losses, pretrain
 
 from swiftv2.cli import main
+from swiftv2.config.load import load
+from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.data import layout
 from swiftv2.data.store import Run, Store
 from swiftv2.engine.rundir import read_lines, read_metrics
+from swiftv2.recipes.data import open_data
 
 pytestmark = pytest.mark.slow
 
@@ -102,14 +105,14 @@ def add(store: Path, tmp_path: Path, subjects: range, cohort: str) -> None:
     files.mkdir()
     for subject in subjects:
         (files / f"sub-{subject}_bold.nii.gz").symlink_to(FILES / f"fmri{1 + subject % 2}.nii.gz")
-    assert main(["store", "append", f"{files}/*.nii.gz", str(store), "--cohort", cohort]) == 0
+    assert main(["store", "append", f"{files}/*.nii.gz", str(store), "--cohort", cohort, "grid.space=native-nitime"]) == 0
 
 
 def test_a_run_goes_on_over_appended_and_withdrawn_runs(config: Path, real_store: Path, tmp_path: Path) -> None:
     """The same samples as without, but those of the withdrawn subject from the resumed step on."""
     store = copied(real_store, tmp_path)
     add(store, tmp_path, range(3, 9), "nitime")
-    pretrain(config, store, tmp_path / "undisturbed", "train.max_steps=8")
+    begun_on = Path(shutil.copytree(store, tmp_path / "begun.zarr"))
     run = tmp_path / "run"
     pretrain(config, store, run, "train.max_steps=4", "schedule.kind=constant")
     before = in_part(run, "train")
@@ -127,6 +130,21 @@ def test_a_run_goes_on_over_appended_and_withdrawn_runs(config: Path, real_store
     assert told[0]["clips"] == told[1]["clips"], "clips keep their numbers"
     assert told[1]["store_version_now"] == told[0]["store_version_now"] + 2
     assert told[1]["withdrawn_clips"]["train"] == len(exclusions) > 0
+
+    words = [f"run.dir={run}", "train.max_steps=8", "schedule.kind=constant"]
+    before_all, after_all = (
+        open_data(load(PretrainConfig, config, [f"data.store={path}", *words]), folder)
+        for path, folder in ((begun_on, None), (store, run))
+    )
+    for one, other in ((before_all.train, after_all.train), (before_all.heldout, after_all.heldout)):
+        np.testing.assert_array_equal(one.run, other.run)
+        np.testing.assert_array_equal(one.start, other.start)
+    positions = np.arange(3 * len(before_all.train))
+    plain, mended = (data.order(0, 16, []).clips_at(positions) for data in (before_all, after_all))
+    held = (positions >= 16) & np.isin(plain, after_all.withdrawn_train)
+    np.testing.assert_array_equal(plain[~held], mended[~held])
+    assert held.any()
+    assert not np.isin(mended[held], after_all.withdrawn_train).any()
 
     refused = swiftv2_run(["pretrain", str(config), f"data.store={real_store}", f"run.dir={run}", "train.max_steps=9"])
     assert refused.returncode == 1
