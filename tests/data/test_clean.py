@@ -116,6 +116,26 @@ def test_confounds_are_regressed_out(leading: int, tmp_path: Path) -> None:
     np.testing.assert_allclose(out.numbers[:leading], values[:leading], rtol=1e-6)
 
 
+def test_compcor_takes_the_components_that_the_json_names(tmp_path: Path) -> None:
+    path = tmp_path / "sub-secret_desc-confounds_timeseries.tsv"
+    table = confound_table(path)
+    rng = np.random.default_rng(4)
+    names = [f"a_comp_cor_{number:02d}" for number in range(4)]
+    for name in names:
+        table[name] = rng.normal(size=FRAMES)
+    table.to_csv(path, sep="\t", index=False, na_rep="n/a")
+    masks = ["combined", "combined", "WM", "CSF"]
+    described = {name: {"Mask": mask, "Method": "aCompCor"} for name, mask in zip(names, masks, strict=True)}
+    path.with_suffix(".json").write_text(json.dumps(described))
+    values = 800.0 + rng.normal(0, 5, (FRAMES, 3)) + 20 * table[names].to_numpy() @ np.ones((4, 3))
+    bold = run_of(values)
+    out, done = clean_run(bold, bold.nonzero, CleanConfig(strategy="compcor"), TR, 0, path)
+    assert done["confounds"] == 24 + 3 + 2
+    left = [abs(np.corrcoef(table[name], out.numbers[:, 0].astype(np.float64))[0, 1]) for name in names]
+    assert max(left[:2]) < 1e-6
+    assert min(left[2:]) > 0.5
+
+
 def test_the_result_is_nilearns_own(tmp_path: Path) -> None:
     table = confound_table(tmp_path / "t.tsv")
     rng = np.random.default_rng(2)
@@ -234,6 +254,8 @@ def test_a_run_is_cleaned_on_its_way_into_the_store(tmp_path: Path) -> None:
     assert (result.run.values, result.run.dtype, result.run.cleaned) == ("scaled", "int16", False)
     np.testing.assert_array_equal(result.rows["brain"], plain.rows["brain"])
     assert 0 < result.rows["brain"].mean() < 1
+    with pytest.raises(RefusedError, match="no confound table beside it"):
+        taken(tmp_path, CleanConfig(strategy="simple"))
     exact = taken(tmp_path, config, keep_float=True)
     assert exact.run.dtype == "float32"
     values = result.bold * result.run.slope + result.run.intercept
@@ -243,3 +265,16 @@ def test_a_run_is_cleaned_on_its_way_into_the_store(tmp_path: Path) -> None:
     assert not exact.bold[:, ~exact.rows["brain"]].any()
     bare = taken(tmp_path, CleanConfig(detrend=True, keep_mean=False))
     assert bare.run.cleaned
+
+
+def test_a_run_that_was_cleaned_elsewhere_is_taken_and_marked_but_not_cleaned_again(tmp_path: Path) -> None:
+    data = bold_values(0, frames=40).astype(np.float32)
+    data -= data.mean(axis=-1, keepdims=True)
+    data[:12] = 0
+    save_run(tmp_path, "1", data)
+    run = taken(tmp_path, None)
+    assert run.run.cleaned
+    assert (run.run.cleaning, run.run.brain_rule) == ({}, "nonzero")
+    assert 0 < run.rows["brain"].mean() < 1
+    with pytest.raises(RefusedError, match="cleaned already"):
+        taken(tmp_path, CleanConfig(detrend=True))
