@@ -66,6 +66,8 @@ def _store_info(arguments: argparse.Namespace) -> int:
     ]
     changes = [f"version {one['version']}: {one['change']}, {one['runs']} runs" for one in values["history"]]
     head[1:1] = changes if len(changes) > 1 else []
+    if values["unfinished"]:
+        head.insert(1, f"{values['unfinished']} unfinished: give the same `swiftv2 store {values['unfinished']}` again")
     groups = values["cohorts"] | ({"all": values} if len(values["cohorts"]) > 1 else {})
     facts = [(title, [_number(name, group[name]) for group in groups.values()]) for title, name in COUNTS.items()]
     facts += [(title, [_counts(group[name]) for group in groups.values()]) for title, name in KINDS.items()]

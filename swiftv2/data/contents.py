@@ -17,7 +17,8 @@ def info(store: str | Path) -> dict[str, Any]:
     """What a store holds, as plain values that JSON takes.
 
     Returns:
-        Path, format, version and history, grid, voxels; counts over all runs and by cohort (`cohorts`): runs, subjects,
+        Path, format, version and history, the change that is `unfinished` (or None), grid, voxels; counts over all runs
+        and by cohort (`cohorts`): runs, subjects,
         sessions, frames, hours, TRs, spaces, number types, brain rules, orientations, resampled, cleaned and withdrawn
         runs, runs with confounds, `censored` (share of the frames whose confounds are known; None where none are) and
         `framewise_displacement` (their mean, mm), `unlabelled` (runs without any label; None where subjects.json cannot be
@@ -36,6 +37,7 @@ def info(store: str | Path) -> dict[str, Any]:
         "format": opened.attributes["format"],
         "version": opened.version,
         "history": opened.attributes.get("history", []),
+        "unfinished": layout.unfinished(opened.path),
         "generated": opened.generated,
         "grid": opened.grid.to_json(),
         "voxels": len(opened.voxels),

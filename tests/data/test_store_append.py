@@ -14,6 +14,7 @@ from swiftv2 import cli
 from swiftv2.config.clean import CleanConfig
 from swiftv2.config.data import GridConfig
 from swiftv2.data import layout
+from swiftv2.data.contents import info
 from swiftv2.data.store import Store
 from swiftv2.data.verify import verify
 from swiftv2.errors import SwiftError, UsageError
@@ -207,10 +208,12 @@ def test_an_append_that_takes_nothing_changes_nothing(store: Path, tmp_path: Pat
     with pytest.raises(SwiftError, match="constant"):
         append_tiny(tmp_path / "bad", store, strict=True)
     assert Store.open(store).version == 1
+    assert info(store)["unfinished"] == "append"
     with pytest.raises(UsageError, match="other files or options is unfinished"):
         append_tiny(tmp_path / "bad", store, cohort="third", strict=True)
     shutil.rmtree(store / layout.STAGING)
     assert append_tiny(tmp_path / "bad", store).taken == 1
+    assert info(store)["unfinished"] is None
     assert verify(store).ok
 
 
