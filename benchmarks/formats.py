@@ -29,6 +29,9 @@ from swiftv2.files import write_file
 
 Codec = Literal["none", "lz4+bitshuffle", "zstd+bitshuffle", "zstd+shuffle"]
 CODECS: tuple[Codec, ...] = ("none", "lz4+bitshuffle", "zstd+bitshuffle", "zstd+shuffle")
+BLOCK = 1 << 15
+"""Bytes of a block of blosc, which lz4 doubles. Bits of a last block that is no multiple of 16 bytes stay unshuffled: a short
+block makes that cost little, whatever the number of voxels."""
 _ENTRY, _CHECKSUM = 16, 4
 _ABSENT = (1 << 64) - 1
 
@@ -313,7 +316,7 @@ def _recode_metadata(path: Path, chunk: int, codec: Codec) -> None:
 def blosc(codec: Codec, itemsize: int) -> dict[str, Any]:
     """Settings of blosc for a codec."""
     name, shuffle = codec.split("+")
-    return {"typesize": itemsize, "cname": name, "clevel": 5 if name == "lz4" else 3, "shuffle": shuffle, "blocksize": 0}
+    return {"typesize": itemsize, "cname": name, "clevel": 5 if name == "lz4" else 3, "shuffle": shuffle, "blocksize": BLOCK}
 
 
 def bold_shards(store: Path, run: Run) -> list[Path]:

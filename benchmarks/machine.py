@@ -76,13 +76,18 @@ def commit() -> str:
 
 
 def command() -> str:
-    """The command line, folders that belong to one machine replaced by a word."""
-    words = [str(Path(word).relative_to(ROOT)) if Path(word).is_relative_to(ROOT) else word for word in _absolute(sys.argv)]
-    return " ".join(["python", *("FOLDER" if Path(word).is_absolute() else word for word in words)])
-
-
-def _absolute(words: Sequence[str]) -> list[str]:
-    return [str(Path(words[0]).resolve()), *words[1:]]
+    """The command line; places that belong to one machine are replaced by a word, those of the checkout are relative to it."""
+    words = [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]]
+    shown = ["python"]
+    for word, before in zip(words, ["", *words], strict=False):
+        path = Path(word)
+        if path.is_relative_to(ROOT):
+            shown.append(str(path.relative_to(ROOT)))
+        elif path.is_absolute():
+            shown.append("FOLDER" if before == "--folder" else "FILE")
+        else:
+            shown.append(word)
+    return " ".join(shown)
 
 
 def _lines(path: Path) -> list[str]:

@@ -48,7 +48,7 @@ def _stored(path: Path) -> npt.NDArray[np.int16]:
         top = np.abs(flat).max()
         flat = np.rint(flat if top <= np.iinfo(np.int16).max else flat * (np.iinfo(np.int16).max / top))
     kept = flat[:, flat.any(axis=0)]
-    # Blosc shuffles the bits of blocks of whole groups of eight numbers only.
+    # A chunk here is one block of blosc, whose bits are shuffled only where it is whole groups of eight numbers.
     return np.ascontiguousarray(kept[:, : kept.shape[1] // 8 * 8].astype(np.int16))
 
 
@@ -57,5 +57,9 @@ def _share(stored: npt.NDArray[np.int16], chunk: int, codec: Codec) -> float:
     size = 0
     for first in range(0, len(stored), chunk):
         part = np.ascontiguousarray(stored[first : first + chunk])
-        size += len(coder.compress(part, settings["cname"].encode(), settings["clevel"], _SHUFFLES[settings["shuffle"]]))
+        size += len(
+            coder.compress(
+                part, settings["cname"].encode(), settings["clevel"], _SHUFFLES[settings["shuffle"]], settings["blocksize"]
+            )
+        )
     return size / stored.nbytes
