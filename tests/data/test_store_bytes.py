@@ -9,8 +9,10 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-from store_files import GRID, bold_values, save_run
+import pytest
+from store_files import GRID, bold_values, mni_affine, save_run
 
+from swiftv2 import cli
 from swiftv2.data.build import build
 from swiftv2.data.store import Store
 
@@ -55,3 +57,19 @@ def test_a_reader_can_be_written_from_the_documentation(tmp_path: Path) -> None:
         mean = means[run["row"]]
         assert mean is not None
         np.testing.assert_array_equal(np.frombuffer(mean, dtype="<f4"), store.voxel_mean(index))
+
+
+@pytest.mark.parametrize("compression", ["none", "lz4", "zstd"])
+def test_every_codec_gives_the_same_numbers(compression: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = bold_values(4, frames=12)
+    save_run(tmp_path / "in", "a", data)
+    words = ["store", "build", str(tmp_path / "in"), str(tmp_path / "store"), "--compression", compression, "grid.voxel_mm=6"]
+    assert cli.main([*words, "clean.high_pass_hz=1", "clean.low_pass_hz=0.1"]) == 2
+    assert "clean.high_pass_hz" in capsys.readouterr().err
+    assert cli.main(words) == 0
+    store = Store.open(tmp_path / "store")
+    assert store.attributes["options"]["compression"] == compression
+    there = np.rint((store.grid.world(store.voxels) - mni_affine()[:3, 3]) / 6.0).astype(int)
+    np.testing.assert_array_equal(store.read_bold(0, 0, 12), data[there[:, 0], there[:, 1], there[:, 2]].T)
+    if compression == "none":
+        assert store.runs[0].bytes > 12 * 2 * len(store.voxels)
