@@ -1,7 +1,7 @@
 """Reading arrays of a store by byte ranges: pread, checksum, decode, straight into the caller's memory.
 
-The arrays are plain Zarr v3 (codecs bytes, blosc, crc32c inside sharding_indexed; docs/store.md). A clip costs one
-positioned read of the chunks that hold it; descriptors and the indices of shards are kept. No threads of its own run here.
+The arrays are plain Zarr v3 (codecs bytes, blosc, crc32c inside sharding_indexed; docs/store.md). A clip costs the
+reading of the chunks that hold it; descriptors and the indices of shards are kept. No threads of its own run here.
 """
 
 import json
@@ -233,7 +233,7 @@ class ShardedArray:
             raise ChunkError(error.strerror or type(error).__name__) from error
 
     def _fetch(self, shard: _Shard, pieces: list[_Piece], targets: list[AnyArray]) -> None:
-        """Read chunks whole into their targets, neighbours in the file by one call, and check every one."""
+        """Read chunks whole into their targets, neighbours in the file together, and check every one."""
         done = 0
         while done < len(pieces):
             last = done + 1
@@ -265,9 +265,12 @@ class ShardedArray:
                 raise ChunkError("the checksum fails", piece.first, piece.stop)
 
     def _fetch_compressed(self, shard: _Shard, pieces: list[_Piece], targets: list[AnyArray]) -> None:
-        data = memoryview(os.pread(shard.descriptor, sum(piece.length for piece in pieces), pieces[0].offset))
+        if len(pieces) > 1:
+            # The system goes on reading what comes next while a chunk is decoded.
+            whole = pieces[-1].offset + pieces[-1].length - pieces[0].offset
+            os.posix_fadvise(shard.descriptor, pieces[0].offset, whole, os.POSIX_FADV_WILLNEED)
         for piece, target in zip(pieces, targets, strict=True):
-            chunk, data = data[: piece.length], data[piece.length :]
+            chunk = memoryview(os.pread(shard.descriptor, piece.length, piece.offset))
             if len(chunk) != piece.length:
                 raise ChunkError("the shard is cut short", piece.first, piece.stop)
             if not _sound(chunk):

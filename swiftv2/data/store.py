@@ -15,6 +15,7 @@ import numpy.typing as npt
 from swiftv2.data import layout
 from swiftv2.data.grid import Grid
 from swiftv2.data.keys import subject_key
+from swiftv2.data.labels import LabelRow, RunName, join_labels
 from swiftv2.data.shards import ChunkError, OpenShards, ShardedArray
 from swiftv2.errors import SwiftError
 
@@ -241,20 +242,12 @@ class Store:
         return found
 
     def labels(self) -> tuple[dict[str, str | None], ...]:
-        """Columns of the label table for each run, joined on the keys that the table has; read from the file of ids."""
-        content = self._subjects()
-        rows = sorted(content["labels"], key=lambda row: sum(bool(row[name]) for name in ("session", "task", "run")))
-        by_subject: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
-            by_subject.setdefault(row["subject"], []).append(row)
-        joined = []
-        for run in self.runs:
-            values: dict[str, str | None] = {}
-            for row in by_subject.get(run.subject, []):
-                if all(row[name] in ("", getattr(run, name)) for name in ("session", "task", "run")):
-                    values.update(row["values"])
-            joined.append(values)
-        return tuple(joined)
+        """Columns of the label tables for each run, joined on the keys that they have; read from the file of ids."""
+        rows = [
+            LabelRow(row["subject"], row["session"], row["task"], row["run"], "", tuple(row["values"].items()))
+            for row in self._subjects()["labels"]
+        ]
+        return tuple(join_labels(rows, [RunName(run.subject, run.session, run.task, run.run) for run in self.runs]))
 
     def subject_ids(self) -> dict[str, str]:
         """Pseudonymous key by every name that a split file may use: id, sub-id, cohort/id (an id of one cohort only)."""
