@@ -324,6 +324,18 @@ def bold_shards(store: Path, run: Run) -> list[Path]:
     return sorted((store / "bold" / run.dtype).glob(f"c.{run.row}.*.0"))
 
 
+def layout_of(store: Path, run: Run) -> str:
+    """Chunk and codecs of a store's BOLD in a phrase."""
+    sharding = read_json(store / "bold" / run.dtype / "zarr.json")["codecs"][0]["configuration"]
+    names = []
+    for codec in sharding["codecs"][1:]:
+        settings = codec.get("configuration", {})
+        names.append(
+            " ".join(str(part) for part in (codec["name"], settings.get("cname", ""), settings.get("shuffle", ""))).strip()
+        )
+    return f"chunks of {sharding['chunk_shape'][1]} frames, {', '.join(names)}"
+
+
 def size_of(folder: Path) -> tuple[int, int]:
     """Bytes and number of the files below a folder."""
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]

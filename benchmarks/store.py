@@ -28,6 +28,7 @@ from formats import (
     Reader,
     convert,
     formats,
+    layout_of,
     recode,
     size_of,
 )
@@ -84,7 +85,7 @@ def formats_page(options: argparse.Namespace, path: Path, runs_seconds: float) -
         f"Clips: {options.frames} frames, run and start uniformly random, the same for every format; {options.clips} clips a "
         f"round, {options.rounds} rounds, every clip by all formats in turn; one process. Medians over rounds, ratios within "
         "a round (lowest to highest). The older formats are favoured: HDF5 files stay open, `.pt` frames are stacked, not "
-        "joined on their last axis. Checksums are on in this store; the older formats have none."
+        f"joined on their last axis. This store has {layout_of(path, opened.runs[0])}; the older formats have no checksums."
     )
     cold = read_in_turn(readers, opened.runs, options.frames, options.clips, options.rounds, cold=True)
     files = [file for reader in readers.values() for run in range(len(opened)) for file in reader.files(run)]
