@@ -19,8 +19,11 @@ from swiftv2.files import sync, write_file
 
 FORMAT = 1
 BOLD_TYPES = ("uint8", "int16", "uint16", "float32")
-CHUNK_FRAMES = 10
-"""Frames of a chunk: a clip of 20 frames touches two or three, and a chunk at 2 mm is about 5 MB."""
+CHUNK_FRAMES = 2
+"""Frames of a chunk: a clip of 20 frames anywhere reads 21, and a run of 500 has an index of 4 kB (measured: benchmarks/)."""
+BLOCK_BYTES = 1 << 15
+"""What blosc is asked to compress at a time; it takes twice as much of 2-byte numbers. With blocks of its own choice it leaves
+the bits of a last block unshuffled whose bytes are no multiple of 16, and that may be much of a small chunk."""
 ROWS_PER_SHARD = 64
 """Runs that share one file of each small array."""
 SHARD_BYTES = 1 << 30
@@ -72,7 +75,8 @@ def _compressors(dtype: str, compression: Compression) -> tuple[Any, ...]:
     if compression == "none":
         return (checksum,)
     level = 5 if compression == "lz4" else 3
-    return (BloscCodec(typesize=itemsize, cname=compression, clevel=level, shuffle="bitshuffle"), checksum)
+    codec = BloscCodec(typesize=itemsize, cname=compression, clevel=level, shuffle="bitshuffle", blocksize=BLOCK_BYTES)
+    return (codec, checksum)
 
 
 def create_array(
