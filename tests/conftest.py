@@ -1,9 +1,10 @@
-"""What all tests share: deterministic property tests, and a small store made of real BOLD."""
+"""What all tests share: deterministic property tests, a small store made of real BOLD, GPU tests that skip themselves."""
 
 from pathlib import Path
 
 import nitime
 import pytest
+import torch
 from hypothesis import settings
 
 from swiftv2.config.data import GridConfig
@@ -11,6 +12,14 @@ from swiftv2.data.build import build
 
 settings.register_profile("swiftv2", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("swiftv2")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` skip themselves where PyTorch finds none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="PyTorch finds no GPU"))
 
 
 @pytest.fixture(scope="session")
