@@ -4,19 +4,21 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from swiftv2.config.data import GridConfig
 from swiftv2.config.synth import SynthConfig
+from swiftv2.data import build as build_module
+from swiftv2.data import ingest, layout, plan_build
 from swiftv2.data.build import build
 from swiftv2.data.store import Store
 from swiftv2.data.synth import generate
-from swiftv2.errors import UsageError
 from swiftv2.files import write_file
 
+CODE = (build_module, ingest, layout, plan_build)
+"""Modules on which a cached store depends."""
 HALF = 2
 """Bytes of a half-precision number: what the full volumes of the older formats are made of."""
 
@@ -46,17 +48,10 @@ def cohort(folder: Path, subjects: int, frames: int, voxel_mm: float, workers: i
 
 
 def store(source: Cohort, voxel_mm: float) -> Path:
-    """Build the store of a cohort beside it with the default layout, or find it there; one of other code is replaced."""
-    path = source.folder.with_suffix(".zarr")
-    for attempt in range(2):
-        try:
-            build(source.folder, path, GridConfig(voxel_mm=voxel_mm), "generated", salt="0" * 32)
-        except UsageError:
-            if attempt:
-                raise
-            shutil.rmtree(path)
-        else:
-            break
+    """Build the store of a cohort beside it with the default layout, or find it there; other code makes another one."""
+    code = hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in CODE)).hexdigest()[:8]
+    path = source.folder.with_name(f"{source.folder.name}-{code}.zarr")
+    build(source.folder, path, GridConfig(voxel_mm=voxel_mm), "generated", salt="0" * 32)
     return path
 
 

@@ -69,10 +69,15 @@ CALL_HEADS = ("opens a clip", "stats and listings", "seeks", "worst: opens", "st
 TARGETS = ((PT, 6.0), (H5_FRAME, 9.0), (H5_OWN, 18.0))
 
 
+def older_formats(path: Path) -> Path:
+    """Folder of the formats that a store is compared with; they do not depend on its layout."""
+    return path.with_name(f"{path.stem.rsplit('-', 1)[0]}-formats")
+
+
 def formats_page(options: argparse.Namespace, path: Path, runs_seconds: float) -> Iterator[str]:
     """The formats side by side, cold and warm."""
     opened = Store.open(path)
-    made = formats(options.folder / f"{path.stem}-formats", path)
+    made = formats(older_formats(path), path)
     readers = {name: one.open() for name, one in made.items()}
     check_equal(readers, opened)
     full = full_volume_bytes(opened)
@@ -203,7 +208,7 @@ def trace(options: argparse.Namespace, path: Path) -> None:
     clips: list[Clip] = [(run, 0) for run in range(len(runs))]
     if options.trace_mode == "random":
         clips = random_clips(runs, options.frames, 64, "trace")
-    known = formats(options.folder / f"{path.stem}-formats", path)
+    known = formats(older_formats(path), path)
     reader = known[options.trace].open() if options.trace in known else READERS[options.trace](path)
     mark(BEGIN)
     for run, start in clips:
@@ -300,7 +305,7 @@ def choice_page(options: argparse.Namespace, path: Path, runs_seconds: float) ->
     ]
     heads += ["cold share of `pread`", "CPU ms a clip, cold", "warm"]
     rows: list[list[str]] = []
-    before = formats(options.folder / f"{path.stem}-formats", path)[PT].open()
+    before = formats(older_formats(path), path)[PT].open()
     for codec in CODECS:
         for chunk in CHUNKS:
             variant = recode(path, options.folder / f"{path.stem}-variants" / f"{codec}-{chunk}", chunk, codec)
@@ -342,7 +347,7 @@ def main() -> None:
     if options.trace:
         trace(options, path)
         return
-    convert(path, options.folder / f"{path.stem}-formats")
+    convert(path, older_formats(path))
     body = choice_page(options, path, source.seconds) if options.choice else formats_page(options, path, source.seconds)
     title = "Chunk, codec and reader of the store" if options.choice else "The store against the formats before it"
     write_page(page(title, PACKAGES, body), options.out)
