@@ -77,8 +77,9 @@ class Prefetcher:
         prefetch_mb: int = PREFETCH_MB,
         pin: bool = False,
         on_bad_clip: OnBadClip = "fail",
+        table: RunTable | None = None,
     ) -> None:
-        self._reader = ClipReader(source, clips, mask, normalisation, mask_key, pin=pin)
+        self._reader = ClipReader(source, clips, mask, normalisation, mask_key, pin=pin, table=table)
         self.table = self._reader.table
         self.wait_seconds = 0.0
         """Time that the consumer has waited for data so far."""
@@ -197,6 +198,7 @@ class BatchReader(Prefetcher):
         prefetch_mb: int = PREFETCH_MB,
         pin: bool = False,
         on_bad_clip: OnBadClip = "fail",
+        table: RunTable | None = None,
     ) -> None:
         """Open the reader; nothing is read before the first `next`.
 
@@ -217,6 +219,7 @@ class BatchReader(Prefetcher):
             prefetch_mb: megabytes that these may take together; one micro-batch is always read.
             pin: whether batches lie in pinned memory, for asynchronous copies to a GPU.
             on_bad_clip: whether an unusable clip is an error or replaced.
+            table: of the source's runs, where it is made already.
         """
         if order.clips != len(clips):
             raise ValueError(f"the order is of {order.clips} clips, the index of {len(clips)}")
@@ -245,6 +248,7 @@ class BatchReader(Prefetcher):
             prefetch_mb=prefetch_mb,
             pin=pin,
             on_bad_clip=on_bad_clip,
+            table=table,
         )
 
     def __next__(self) -> Batch:
@@ -289,6 +293,7 @@ def evaluation_batches(
     pin: bool = False,
     on_bad_clip: OnBadClip = "fail",
     left_out: Collection[int] = (),
+    table: RunTable | None = None,
 ) -> Prefetcher:
     """One rank's batches of an evaluation: the same clips and masks whenever it is asked.
 
@@ -311,11 +316,13 @@ def evaluation_batches(
         pin: whether batches lie in pinned memory.
         on_bad_clip: whether an unusable clip is an error, or gets weight 0 and is told by `faults`.
         left_out: clips that are not evaluated though they would be chosen, such as those of withdrawn runs.
+        table: of the source's runs, where it is made already.
 
     Returns:
         An iterator of batches, to be closed (or used as a context manager).
     """
-    chosen = spread_clips(RunTable(source.runs).subject[clips.run], max_clips)
+    table = table or RunTable(source.runs)
+    chosen = spread_clips(table.subject[clips.run], max_clips)
     chosen = chosen[~np.isin(chosen, list(left_out))]
     slots = -(-len(chosen) // world_size)
     places = rank + world_size * np.arange(slots)
@@ -339,4 +346,5 @@ def evaluation_batches(
         prefetch_mb=prefetch_mb,
         pin=pin,
         on_bad_clip=on_bad_clip,
+        table=table,
     )

@@ -39,6 +39,7 @@ class ClipReader:
         normalisation: decides whether per-voxel statistics come along.
         mask_key: generator of a clip's mask, given the pass and the clip.
         pin: whether batches lie in pinned memory.
+        table: of the source, where it is made already.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class ClipReader:
         mask_key: MaskKey,
         *,
         pin: bool = False,
+        table: RunTable | None = None,
     ) -> None:
-        self.table = RunTable(source.runs)
+        self.table = table or RunTable(source.runs)
         self._source, self._clips, self._mask, self._mask_key, self._pin = source, clips, mask, mask_key, pin
         shape = source.grid.shape
         self._cells = cell_counts(shape, clips.frames, mask.patch_size)

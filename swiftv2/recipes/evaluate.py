@@ -80,6 +80,7 @@ class HeldOut:
             prefetch_mb=config.data.prefetch_mb,
             on_bad_clip=config.data.on_bad_clip,
             left_out=self.data.withdrawn_heldout,
+            table=self.data.table,
         )
         with batches:
             for cpu_batch in batches:

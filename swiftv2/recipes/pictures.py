@@ -58,6 +58,7 @@ def save_reconstruction(
         threads=1,
         on_bad_clip=config.data.on_bad_clip,
         left_out=gone,
+        table=data.table,
     ) as batches:
         batch: Batch = next(iter(batches)).to(device)
     if not batch.weight.any():

@@ -120,6 +120,7 @@ def _stream(
         prefetch_mb=config.data.prefetch_mb,
         pin=world.device.type == "cuda",
         on_bad_clip=config.data.on_bad_clip,
+        table=data.table,
     )
 
     def begin_epoch(epoch: int) -> None:
