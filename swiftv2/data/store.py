@@ -206,15 +206,22 @@ class Store:
 
     def brain(self, run_index: int) -> npt.NDArray[np.bool_]:
         """The run's brain among the kept voxels, (V,) bool."""
-        return self._row("brain", run_index)
+        return self._present(run_index, "brain")
 
     def voxel_mean(self, run_index: int) -> npt.NDArray[np.float32]:
         """Mean of each voxel over the run in source units, (V,) float32; 0 outside the brain."""
-        return self._row("voxel_mean", run_index)
+        return self._present(run_index, "voxel_mean")
 
     def voxel_std(self, run_index: int) -> npt.NDArray[np.float32]:
         """Population standard deviation of each voxel over the run in source units, (V,) float32; 0 outside the brain."""
-        return self._row("voxel_std", run_index)
+        return self._present(run_index, "voxel_std")
+
+    def _present(self, run_index: int, name: str) -> npt.NDArray[Any]:
+        """A row that cannot be all fill value: an absent chunk or file reads as that, and would go unseen."""
+        row, run = self._row(name, run_index), self.runs[run_index]
+        if not row.any() and run.present and not (run.cleaned and name == "voxel_mean"):
+            raise SwiftError(f"store {self.path}: run {run.key}, {name} is missing: restore {name} from a copy or build again")
+        return row
 
     def frame_values(self, name: str, run_index: int) -> npt.NDArray[Any] | None:
         """`framewise_displacement` (mm), `censored` or `non_steady_state` (0, 1) of a run, (frames,); None if not known."""

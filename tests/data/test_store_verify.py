@@ -85,6 +85,15 @@ def test_a_missing_or_cut_shard_is_no_run_of_zeros(store: Path) -> None:
     assert {key for key, _ in verify(store).bad} == {opened.runs[0].key, opened.runs[1].key}
 
 
+@pytest.mark.parametrize("name", ["voxel_mean", "voxel_std", "brain"])
+def test_a_missing_shared_shard_is_no_empty_brain(name: str, store: Path) -> None:
+    for shard in (store / name).glob("c.*"):
+        shard.unlink()
+    with pytest.raises(SwiftError, match=f"{name} is missing"):
+        getattr(Store.open(store), name)(0)
+    assert not verify(store).ok
+
+
 def test_statistics_that_do_not_fit_are_found(store: Path) -> None:
     opened = Store.open(store)
     shards = [layout.bold_shards(store, run.dtype, run.row)[0] for run in opened.runs[:2]]
