@@ -13,5 +13,9 @@ class UsageError(SwiftError):
     exit_status = 2
 
 
+class DamagedError(SwiftError):
+    """Bytes on the disk are missing or not what was written: so they are for whoever reads them, and again."""
+
+
 class RankError(SwiftError):
     """Something failed on this rank and maybe on no other, such as reading its clips: it must say so itself."""

@@ -59,12 +59,15 @@ class ClipConfig(Config):
             raise ValueError("clip.seconds needs clip.target_tr, the seconds between frames")
         try:
             step = float(tree["target_tr"]) * int(tree.get("stride_within", 1))
-            frames = max(round(float(tree["seconds"]) / step), 1)
+            frames = round(float(tree["seconds"]) / step)
         except (TypeError, ValueError, ZeroDivisionError):
             return tree  # The checks of the fields say what is wrong.
-        if tree.get("frames", frames) != frames:
+        if frames < 2:
+            raise ValueError(f"clip.seconds={tree['seconds']} is shorter than two frames of {step:g} s")
+        stated = tree.get("frames")
+        if stated is not None and stated != frames:
             raise ValueError(
-                f"clip.seconds={tree['seconds']} makes {frames} frames, clip.frames says {tree['frames']}: give one"
+                f"clip.seconds={tree['seconds']} makes {frames} frames, clip.frames says {stated}: say clip.frames=null"
             )
         return {**tree, "frames": frames}
 

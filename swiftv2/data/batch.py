@@ -43,7 +43,9 @@ class Batch:
     sample: Tensor
     """(B,) int64 position in the global order; in evaluation the place in the list of evaluated clips."""
     epoch: Tensor
-    """(B,) int64: which pass over the clip's cohort this is; the epoch, where cohorts are mixed in proportion."""
+    """(B,) int64: which pass over the clip's cohort this is; the epoch, where cohorts are mixed in proportion.
+
+    Negative, and of no other sample, for a clip that stands in for one that is left out."""
     clip: Tensor
     """(B,) int64 clip id."""
     start: Tensor

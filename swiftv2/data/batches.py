@@ -1,7 +1,6 @@
 """From the order of samples to batches: threads read and decode ahead, the contents depend on the positions alone."""
 
 import threading
-import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,7 @@ from swiftv2.data.clips import ClipIndex, spread_clips
 from swiftv2.data.order import Exclusion, SampleOrder, rank_positions
 from swiftv2.data.reading import BadClipError, ClipReader, MaskKey
 from swiftv2.data.sources import RunSource
-from swiftv2.errors import RankError
+from swiftv2.errors import RankError, SwiftError
 
 Integers = NDArray[np.int64]
 OnBadClip = Literal["fail", "quarantine"]
@@ -77,15 +76,17 @@ class Prefetcher:
         prefetch_mb: int = PREFETCH_MB,
         pin: bool = False,
         on_bad_clip: OnBadClip = "fail",
+        most_faults: int | None = None,
         table: RunTable | None = None,
     ) -> None:
         self._reader = ClipReader(source, clips, mask, normalisation, mask_key, pin=pin, table=table)
         self.table = self._reader.table
-        self.wait_seconds = 0.0
-        """Time that the consumer has waited for data so far."""
         self._requests = requests
         self._on_bad_clip = on_bad_clip
         self._prefetch, self._most_bytes = prefetch, prefetch_mb << 20
+        self._most_faults = most_faults
+        self._lock = threading.Lock()
+        self._found: set[int] = set()
         self._faults: list[Fault] = []
         self._pending: deque[_Pending] = deque()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read-clips")
@@ -100,7 +101,6 @@ class Prefetcher:
             StopIteration: no request is left.
             SwiftError: a clip cannot be read; names run and frames.
         """
-        begin = time.perf_counter()
         self._submit()
         if not self._pending:
             raise StopIteration
@@ -108,7 +108,6 @@ class Prefetcher:
         self._submit()
         for read in pending.reads:
             self._faults += read.result()
-        self.wait_seconds += time.perf_counter() - begin
         return pending.batch
 
     def ready(self) -> bool:
@@ -151,15 +150,29 @@ class Prefetcher:
         while True:
             try:
                 self._reader.fill(batch, place)
+            except SwiftError as error:
+                raise RankError(str(error)) from error
             except BadClipError as bad:
                 if self._on_bad_clip == "fail":
                     raise RankError(str(bad)) from bad
                 fault = Fault(bad.clip, request.step_first, bad.run, bad.first, bad.last, bad.reason)
-                faults.append(fault)
+                if batch.weight[place] > 0:
+                    faults.append(fault)
+                    self._count(fault)
                 if not self._replace(batch, place, fault):
                     return faults
             else:
                 return faults
+
+    def _count(self, fault: Fault) -> None:
+        """Stop where a rank alone finds more faults than may be left out: then it is no matter of single clips."""
+        with self._lock:
+            self._found.add(fault.clip)
+            if self._most_faults is not None and len(self._found) > self._most_faults:
+                raise RankError(
+                    f"{len(self._found)} clips of no use on this rank, more than data.quarantine_limit allows, the last of run "
+                    f"{fault.run}: {fault.reason}; `swiftv2 store verify` tells what is damaged"
+                )
 
     def _replace(self, batch: Batch, place: int, fault: Fault) -> bool:
         """Let a place whose clip is of no use count for nothing; there is nothing else to be read."""
@@ -198,6 +211,7 @@ class BatchReader(Prefetcher):
         prefetch_mb: int = PREFETCH_MB,
         pin: bool = False,
         on_bad_clip: OnBadClip = "fail",
+        most_faults: int | None = None,
         table: RunTable | None = None,
     ) -> None:
         """Open the reader; nothing is read before the first `next`.
@@ -219,22 +233,22 @@ class BatchReader(Prefetcher):
             prefetch_mb: megabytes that these may take together; one micro-batch is always read.
             pin: whether batches lie in pinned memory, for asynchronous copies to a GPU.
             on_bad_clip: whether an unusable clip is an error or replaced.
+            most_faults: different clips of no use that this rank may find; any number when None.
             table: of the source's runs, where it is made already.
         """
         if order.clips != len(clips):
             raise ValueError(f"the order is of {order.clips} clips, the index of {len(clips)}")
-        self._first, self._delivered = samples_consumed, 0
-        self._accumulation, self._global_batch = accumulation, micro_batch * accumulation * world_size
-        self.order, self._order_lock = order, threading.Lock()
+        global_batch = micro_batch * accumulation * world_size
+        self.order = order
 
         def requests() -> Iterator[Request]:
             first, weight = samples_consumed, np.ones(micro_batch, dtype=np.float32)
             while True:
                 for positions in rank_positions(first, micro_batch, accumulation, rank, world_size):
-                    with self._order_lock:
+                    with self._lock:
                         chosen, turns = order.samples_at(positions)
                     yield Request(chosen, turns, positions, weight.copy(), first)
-                first += self._global_batch
+                first += global_batch
 
         super().__init__(
             source,
@@ -248,31 +262,21 @@ class BatchReader(Prefetcher):
             prefetch_mb=prefetch_mb,
             pin=pin,
             on_bad_clip=on_bad_clip,
+            most_faults=most_faults,
             table=table,
         )
 
-    def __next__(self) -> Batch:
-        """The next micro-batch; see `Prefetcher`."""
-        batch = super().__next__()
-        self._delivered += 1
-        return batch
-
-    @property
-    def samples_consumed(self) -> int:
-        """Samples of all ranks in the steps whose micro-batches have all been handed over: where to go on from."""
-        return self._first + self._delivered // self._accumulation * self._global_batch
-
     def exclude(self, exclusions: Iterable[Exclusion]) -> None:
         """Take exclusions that all ranks agreed on into the order."""
-        with self._order_lock:
+        with self._lock:
             self.order.exclude(exclusions)
 
     def _replace(self, batch: Batch, place: int, fault: Fault) -> bool:
         """Put in place of a clip what the order has there once the clip is excluded; that one is to be read."""
-        with self._order_lock:
+        with self._lock:
             self.order.exclude([Exclusion(fault.clip, fault.position)])
-            other = int(self.order.clips_at(batch.sample[place : place + 1].numpy())[0])
-        self._reader.replace(batch, place, other)
+            clips, turns = self.order.samples_at(batch.sample[place : place + 1].numpy())
+        self._reader.replace(batch, place, int(clips[0]), int(turns[0]))
         return True
 
 
@@ -315,15 +319,15 @@ def evaluation_batches(
         prefetch_mb: megabytes that these may take together.
         pin: whether batches lie in pinned memory.
         on_bad_clip: whether an unusable clip is an error, or gets weight 0 and is told by `faults`.
-        left_out: clips that are not evaluated though they would be chosen, such as those of withdrawn runs.
+        left_out: clips that are not evaluated, such as those of withdrawn runs; not all of them.
         table: of the source's runs, where it is made already.
 
     Returns:
         An iterator of batches, to be closed (or used as a context manager).
     """
     table = table or RunTable(source.runs)
-    chosen = spread_clips(table.subject[clips.run], max_clips)
-    chosen = chosen[~np.isin(chosen, list(left_out))]
+    usable = np.setdiff1d(np.arange(len(clips)), np.fromiter(left_out, dtype=np.int64, count=len(left_out)))
+    chosen = usable[spread_clips(table.subject[clips.run[usable]], max_clips)]
     slots = -(-len(chosen) // world_size)
     places = rank + world_size * np.arange(slots)
     weight = (places < len(chosen)).astype(np.float32)

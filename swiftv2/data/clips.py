@@ -1,6 +1,8 @@
 """From runs to clips: which stretches of which runs are samples."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,8 +10,8 @@ from numpy.typing import NDArray
 
 from swiftv2.config.data import ClipConfig
 from swiftv2.data.sources import RunInfo
-from swiftv2.data.tempo import clip_duration
-from swiftv2.errors import UsageError
+from swiftv2.data.tempo import SAME_TR_S, clip_duration, clip_step
+from swiftv2.errors import SwiftError, UsageError
 
 _NAMED = 10
 
@@ -38,7 +40,7 @@ class ClipIndex:
 def clip_starts(frames: int, config: ClipConfig, tr: float = 1.0) -> NDArray[np.int64]:
     """First frames of the clips of a run of `frames` volumes of `tr` seconds, ascending; empty when it is too short."""
     duration = clip_duration(config, tr)
-    step = max(round(config.stride_between * duration), 1)
+    step = max(round(config.stride_between * clip_step(config, tr)), 1)
     return np.arange(0, frames - duration + 1, step, dtype=np.int64)
 
 
@@ -101,6 +103,7 @@ def index_clips(
     *,
     allow_mixed_tr: bool = False,
     censored: Callable[[int], NDArray[np.bool_] | None] | None = None,
+    counts: Mapping[str, int] | None = None,
 ) -> ClipIndex:
     """All clips of the chosen runs, in the order of the store's runs and then of their starts.
 
@@ -112,10 +115,13 @@ def index_clips(
         chosen: indices of the runs to take; all when None.
         allow_mixed_tr: whether runs of different repetition times may meet.
         censored: (frames,) bool of a run by its index, or None where that is not known; asked where `clip.gaps` is not keep.
+        counts: clips that each run had, by key, when it was indexed before; for runs that are withdrawn since, whose censored
+            frames nobody knows any more. Their clips keep their numbers and all begin at the first steady frame.
 
     Raises:
         UsageError: no run is chosen, none holds a clip, repetition times are mixed without leave, or gaps are to be kept
             out of clips and are not known.
+        SwiftError: a run does not have as many clips as it had.
     """
     indices = sorted({int(i) for i in (range(len(runs)) if chosen is None else chosen)})
     if not indices:
@@ -124,7 +130,14 @@ def index_clips(
     if config.gaps == "keep":
         starts = [runs[i].steady_from + clip_starts(runs[i].frames - runs[i].steady_from, config, runs[i].tr) for i in indices]
     else:
-        starts = _starts_between_gaps(runs, config, indices, censored)
+        starts = _starts_between_gaps(runs, config, indices, censored, counts or {})
+    for index, own in zip(indices, starts, strict=True):
+        key = runs[index].key
+        if counts is not None and len(own) != counts.get(key, 0):
+            raise SwiftError(
+                f"run {key} gives {len(own)} clips, not the {counts.get(key, 0)} that it gave when this run directory was "
+                "begun: begin another one"
+            )
     short = tuple(runs[i].key for i, s in zip(indices, starts, strict=True) if not len(s))
     if len(short) == len(indices):
         longest = max(clip_duration(config, runs[i].tr) for i in indices)
@@ -132,9 +145,8 @@ def index_clips(
             f"no run holds a clip of {longest} frames (clip.frames x clip.stride_within, at the TR of the runs): "
             f"{_listing(short)} are too short; lower clip.frames{'' if config.gaps == 'keep' else ' or say clip.gaps=keep'}"
         )
-    counts = [len(s) for s in starts]
     return ClipIndex(
-        run=np.repeat(np.array(indices, dtype=np.int64), counts),
+        run=np.repeat(np.array(indices, dtype=np.int64), [len(s) for s in starts]),
         start=np.concatenate(starts),
         frames=config.frames,
         stride=config.stride_within,
@@ -148,16 +160,24 @@ def _starts_between_gaps(
     config: ClipConfig,
     indices: Sequence[int],
     censored: Callable[[int], NDArray[np.bool_] | None] | None,
+    counts: Mapping[str, int],
 ) -> list[NDArray[np.int64]]:
-    flags = [None if censored is None else censored(i) for i in indices]
-    unknown = [runs[i].key for i, one in zip(indices, flags, strict=True) if one is None]
+    starts, unknown = [], []
+    for index in indices:
+        run = runs[index]
+        flags = None if censored is None or run.withdrawn else censored(index)
+        if run.withdrawn:
+            starts.append(np.full(counts.get(run.key, 0), run.steady_from, dtype=np.int64))
+        elif flags is None:
+            unknown.append(run.key)
+        else:
+            starts.append(starts_around(flags, run.steady_from, config, run.tr))
     if unknown:
         raise UsageError(
             f"clip.gaps={config.gaps} needs to know which volumes are censored, and {len(unknown)} of {len(indices)} runs "
             f"have no confounds ({_listing(unknown)}): say clip.gaps=keep, or choose cohorts that have them by data.cohorts"
         )
-    pairs = zip(indices, flags, strict=True)
-    return [starts_around(one, runs[i].steady_from, config, runs[i].tr) for i, one in pairs if one is not None]
+    return starts
 
 
 def spread_clips(subject: NDArray[np.int64], max_clips: int | None) -> NDArray[np.int64]:
@@ -190,11 +210,15 @@ def check_repetition_times(times: Sequence[float], allow_mixed: bool) -> None:
     Raises:
         UsageError: they differ and `allow_mixed` is False; the times and their runs are counted.
     """
-    # Headers hold TR as float32 seconds or milliseconds: what agrees to a millisecond is the same TR.
-    rounded = [round(float(t), 3) for t in times]
-    different = sorted(set(rounded))
-    if len(different) > 1 and not allow_mixed:
-        counted = ", ".join(f"{t:g} s ({rounded.count(t)} runs)" for t in different)
+    # Headers hold TR as float32 seconds or milliseconds: what lies close together is the same TR.
+    counts = sorted(Counter(round(float(t), 6) for t in times).items())
+    groups = [list(counts[:1])]
+    for (former, _), one in itertools.pairwise(counts):
+        if one[0] - former > SAME_TR_S:
+            groups.append([])
+        groups[-1].append(one)
+    if len(groups) > 1 and not allow_mixed:
+        counted = ", ".join(f"{group[0][0]:.3g} s ({sum(count for _, count in group)} runs)" for group in groups)
         raise UsageError(
             f"runs have different repetition times: {counted}; choose cohorts of one TR, bring all to one by clip.target_tr, "
             "or set data.allow_mixed_tr=true"

@@ -89,7 +89,7 @@ class _Described:
             "orientations": _counts([run.source_orientation for run in runs]),
             "resampled": sum(run.resampled for run in runs),
             "cleaned": sum(run.cleaned for run in runs),
-            "confounds": sum(run.confounds for run in runs),
+            "confounds": sum(bool(run.confounds) for run in runs),
             "censored": round(float(motion[0] / motion[1]), 6) if motion[1] else None,
             "framewise_displacement": round(float(motion[2] / motion[3]), 6) if motion[3] else None,
             "unlabelled": bare,
@@ -99,7 +99,7 @@ class _Described:
 
 
 def _tells_motion(run: Run) -> bool:
-    return run.confounds and run.present
+    return bool(run.confounds) and run.present
 
 
 def _motion(store: Store, index: int) -> tuple[float, float, float, float]:

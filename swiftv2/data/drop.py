@@ -289,7 +289,7 @@ def tombstone(run: Run, version: int) -> Run:
         max_error=0.0,
         resampled=False,
         cleaned=False,
-        confounds=False,
+        confounds=(),
         source_orientation="",
         source_shape=(),
         source_affine=(),

@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from swiftv2.config.clean import CleanConfig
 from swiftv2.data import layout
 from swiftv2.data.clean import clean_run
-from swiftv2.data.confounds import leading_non_steady, read_confounds
+from swiftv2.data.confounds import Confounds, leading_non_steady, read_confounds
 from swiftv2.data.discover import Source
 from swiftv2.data.grid import FloatArray, Grid, Placement, place
 from swiftv2.data.nifti import Bold, Header, RefusedError, read_bold, read_mask
@@ -20,6 +20,8 @@ from swiftv2.data.quantise import Stored, to_stored
 from swiftv2.data.statistics import is_cleaned, run_statistics, voxel_statistics
 from swiftv2.data.store import Run
 from swiftv2.files import sha256, write_file
+
+PER_FRAME = tuple(small.name for small in layout.SMALL_ARRAYS if small.axis == "frame")
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,7 @@ def take_run(
     if source.confounds is not None:
         confounds = read_confounds(source.confounds, header.frames)
         steady_from = leading_non_steady(confounds.non_steady_state)
-        rows["framewise_displacement"] = confounds.framewise_displacement
-        rows["censored"] = confounds.censored
-        rows["non_steady_state"] = confounds.non_steady_state
+        rows |= _known(confounds)
     cleaning: dict[str, Any] = {}
     if clean is not None and clean.active:
         bold, cleaning = clean_run(bold, brain, clean, candidate.tr, steady_from, source.confounds)
@@ -103,7 +103,16 @@ def take_run(
         raise RefusedError("constant: no brain voxel changes over the run")
     rows |= {"voxel_mean": mean, "voxel_std": std}
     run = _entry(candidate, placement, stored, brain, rule, steady_from, is_cleaned(mean, std, brain), cleaning)
+    run = replace(run, confounds=tuple(name for name in PER_FRAME if name in rows))
     return Taken(run, stored.bold, rows)
+
+
+def _known(confounds: Confounds) -> dict[str, npt.NDArray[Any]]:
+    """The per-frame rows that tell anything."""
+    rows = {name: getattr(confounds, name) for name in PER_FRAME}
+    return {
+        name: row for name, row in rows.items() if not (np.isnan(row) if row.dtype.kind == "f" else row == layout.UNKNOWN).all()
+    }
 
 
 def _checked_placement(grid: Grid, voxels: npt.NDArray[np.int32], header: Header, *, resample: bool) -> Placement:
@@ -172,7 +181,7 @@ def _entry(
         max_error=stored.max_error,
         resampled=not placement.exact,
         cleaned=cleaned,
-        confounds=source.confounds is not None,
+        confounds=(),
         source_orientation=header.orientation,
         source_shape=header.shape,
         source_affine=_rows_of(header.affine),

@@ -77,16 +77,13 @@ class Mixture:
         for number, (own, quota) in enumerate(zip(self.members, self.quota, strict=True)):
             places = np.arange(epoch * quota, (epoch + 1) * quota, dtype=np.int64)
             turn, place = places // len(own), places % len(own)
-            for one in np.unique(turn):
-                order = keyed.permutation(keyed.generator(seed, "cohort order", number, int(one)), len(own))
-                clips.append(own[order[place[turn == one]]])
+            for one in range(int(turn[0]), int(turn[-1]) + 1) if quota else ():
+                order = keyed.permutation(keyed.generator(seed, "cohort order", number, one), len(own))
+                first, last = np.searchsorted(turn, (one, one + 1))
+                clips.append(own[order[place[first:last]]])
             passes.append(turn)
         shuffled = keyed.permutation(keyed.generator(seed, "mixture", epoch), sum(self.quota))
         return np.concatenate(clips)[shuffled], np.concatenate(passes)[shuffled]
-
-    def own(self, clip: int) -> Integers:
-        """Clips of the cohort of a clip."""
-        return next(own for own in self.members if own[min(int(np.searchsorted(own, clip)), len(own) - 1)] == clip)
 
 
 def _largest_remainder(shares: NDArray[np.float64], total: int) -> tuple[int, ...]:

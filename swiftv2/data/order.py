@@ -32,16 +32,34 @@ class SampleOrder:
     """Order of the samples of a run; a pure function of seed, number of clips, mixture and exclusions.
 
     Clips are numbered by the store, so the order belongs to one version of the store. A clip that is excluded is
-    replaced, where its turn comes, by another one of its cohort drawn for that turn: all other positions keep theirs.
+    replaced, where its turn comes, by another one of its cohort drawn for that turn (of any, where its cohort has none left):
+    all other positions keep theirs.
+
+    Args:
+        seed: of the run.
+        clips: how many there are.
+        exclusions: what must not be used.
+        mixture: how cohorts are mixed; each clip once an epoch when None.
+        cohort: (clips,) cohort of each clip; all are one when None.
     """
 
-    def __init__(self, seed: int, clips: int, exclusions: Iterable[Exclusion] = (), mixture: Mixture | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        clips: int,
+        exclusions: Iterable[Exclusion] = (),
+        mixture: Mixture | None = None,
+        cohort: Integers | None = None,
+    ) -> None:
         if clips < 1:
             raise ValueError("an order needs at least one clip")
         self.seed = seed
         self.clips = clips
         self.mixture = mixture
+        self.cohort = np.zeros(clips, dtype=np.int64) if cohort is None else cohort
+        self._members: dict[int, Integers] = {}
         self._since: dict[int, int] = {}
+        self._left_out = np.empty(0, dtype=np.int64)
         self.exclude(exclusions)
         self._epochs: dict[int, tuple[Integers, Integers]] = {}
 
@@ -51,15 +69,12 @@ class SampleOrder:
             if not 0 <= clip < self.clips:
                 raise ValueError(f"there is no clip {clip} to exclude; clips are 0 to {self.clips - 1}")
             self._since[clip] = min(position, self._since.get(clip, position))
+        self._left_out = np.sort(np.fromiter(self._since, dtype=np.int64, count=len(self._since)))
 
     @property
     def exclusions(self) -> tuple[Exclusion, ...]:
         """All exclusions, by clip."""
         return tuple(Exclusion(clip, position) for clip, position in sorted(self._since.items()))
-
-    def epochs_at(self, positions: Integers) -> Integers:
-        """Epoch of each position, same shape."""
-        return positions // self.clips
 
     def clips_at(self, positions: Integers) -> Integers:
         """Clip id at each position, same shape; see `samples_at`."""
@@ -68,10 +83,11 @@ class SampleOrder:
     def samples_at(self, positions: Integers) -> tuple[Integers, Integers]:
         """Clip id at each position, and which pass over the clip's cohort it is, both of the same shape.
 
-        Without a mixture the pass is the epoch.
+        Without a mixture the pass is the epoch. Of a clip that stands in for an excluded one it is -1 - position, so that no
+        draw for it is that of its own turn.
 
         Raises:
-            SwiftError: every clip (of a cohort) is excluded.
+            SwiftError: every clip is excluded.
         """
         positions = np.asarray(positions, dtype=np.int64)
         epochs, places = positions // self.clips, positions % self.clips
@@ -80,43 +96,35 @@ class SampleOrder:
             here = epochs == epoch
             own, turns = self._epoch(int(epoch))
             clips[here], passes[here] = own[places[here]], turns[places[here]]
-        for i in np.flatnonzero(np.isin(clips, list(self._since))) if self._since else ():
-            clips[i] = self.substitute(int(clips[i]), int(passes[i]), int(positions[i]))
+        for i in np.flatnonzero(np.isin(clips, self._left_out)):
+            position = int(positions[i])
+            if self._excluded(int(clips[i]), position):
+                clips[i], passes[i] = self._substitute(int(clips[i]), int(passes[i]), position), -1 - position
         return clips, passes
 
-    def substitute(self, clip: int, turn: int, position: int) -> int:
-        """What stands at a position whose turn it is for a clip: the clip, or what replaces it where it is excluded.
-
-        Args:
-            clip: the clip that the order without exclusions has there.
-            turn: the pass over its cohort.
-            position: in the global order.
-
-        Raises:
-            SwiftError: every clip (of its cohort) is excluded.
-        """
-        if not self._excluded(clip, position):
-            return clip
-        own = np.arange(self.clips) if self.mixture is None else self.mixture.own(clip)
+    def _substitute(self, clip: int, turn: int, position: int) -> int:
+        """What stands at a position whose turn it is for an excluded clip in this pass over its cohort."""
         rng = keyed.generator(self.seed, "substitute", turn, clip)
-        # Draws rather than a permutation: with few exclusions one is enough, however many clips there are.
-        for _ in range(_DRAWS):
-            other = int(own[int(rng.bit_generator.random_raw()) % len(own)])
-            if not self._excluded(other, position):
-                return other
-        for other in own[keyed.permutation(rng, len(own))]:
-            if not self._excluded(int(other), position):
-                return int(other)
-        raise SwiftError("every clip of the training split is excluded: mend the store or drop its broken runs")
+        for own in (self._cohort_of(clip), np.arange(self.clips)):
+            # Draws rather than a permutation: with few exclusions one is enough, however many clips there are.
+            for _ in range(_DRAWS):
+                other = int(own[int(rng.bit_generator.random_raw()) % len(own)])
+                if not self._excluded(other, position):
+                    return other
+            for other in own[keyed.permutation(rng, len(own))]:
+                if not self._excluded(int(other), position):
+                    return int(other)
+        raise SwiftError("every clip of the training split is left out: mend the store, or begin a run on its newest version")
 
-    def composition(self, cohort: Integers, epoch: int) -> dict[int, int]:
-        """How many samples of each cohort an epoch holds.
+    def _cohort_of(self, clip: int) -> Integers:
+        cohort = int(self.cohort[clip])
+        if cohort not in self._members:
+            self._members[cohort] = np.flatnonzero(self.cohort == cohort).astype(np.int64)
+        return self._members[cohort]
 
-        Args:
-            cohort: (clips,) cohort of each clip.
-            epoch: which epoch.
-        """
-        numbers, counts = np.unique(cohort[self._epoch(epoch)[0]], return_counts=True)
+    def composition(self, epoch: int) -> dict[int, int]:
+        """How many samples of each cohort an epoch holds; a cohort of which nothing is left lends its own to the others."""
+        numbers, counts = np.unique(self.cohort[self._epoch(epoch)[0]], return_counts=True)
         return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
 
     def _excluded(self, clip: int, position: int) -> bool:

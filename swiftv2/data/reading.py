@@ -14,7 +14,7 @@ from swiftv2.data.clips import ClipIndex
 from swiftv2.data.masks import brain_cells, cell_counts, draw_mask
 from swiftv2.data.sources import RunSource
 from swiftv2.data.tempo import clip_duration, is_resampled, time_weights
-from swiftv2.errors import SwiftError
+from swiftv2.errors import DamagedError
 
 _CACHE_BYTES = 64 << 20
 Integers = NDArray[np.int64]
@@ -25,7 +25,9 @@ class BadClipError(Exception):
     """A clip that cannot be used: its bytes fail their checksum, are not finite, or do not change."""
 
     def __init__(self, clip: int, run: str, first: int, last: int, reason: str, *, told: str | None = None) -> None:
-        super().__init__(told or f"run {run}, frames {first} to {last}: {reason}; `swiftv2 store verify` tells what is damaged")
+        super().__init__(
+            told or f"run {run}, frames {first} to {last}: {reason}: drop the run, or say data.on_bad_clip=quarantine"
+        )
         self.clip, self.run, self.first, self.last, self.reason = clip, run, first, last, reason
 
 
@@ -101,10 +103,10 @@ class ClipReader:
         per_clip = self._clips.frames * voxels * self._dtype.itemsize + voxels * (9 if self._with_voxel_statistics else 1)
         return clips * (per_clip + int(np.prod(self._cells)))
 
-    def replace(self, batch: Batch, place: int, clip: int) -> None:
-        """Put another clip into a place of a batch, whose large parts then wait for `fill`."""
+    def replace(self, batch: Batch, place: int, clip: int, turn: int) -> None:
+        """Put another clip, in this pass, into a place of a batch, whose large parts then wait for `fill`."""
         run, table = int(self._clips.run[clip]), self.table
-        batch.clip[place], batch.start[place] = clip, int(self._clips.start[clip])
+        batch.clip[place], batch.epoch[place], batch.start[place] = clip, turn, int(self._clips.start[clip])
         batch.slope[place], batch.intercept[place] = float(table.slope[run]), float(table.intercept[run])
         batch.statistics[place] = torch.from_numpy(table.statistics[run])
         if self._clips.config.target_tr is None:
@@ -121,7 +123,8 @@ class ClipReader:
         """Read a clip into its place of a batch.
 
         Raises:
-            BadClipError: it cannot be used.
+            BadClipError: it cannot be used, by whoever reads it.
+            SwiftError: it cannot be read now.
         """
         clip, turn, start = int(batch.clip[place]), int(batch.epoch[place]), int(batch.start[place])
         run = int(self._clips.run[clip])
@@ -137,10 +140,8 @@ class ClipReader:
             if batch.voxel_mean is not None and batch.voxel_std is not None:
                 batch.voxel_mean[place].numpy()[...] = self._voxel_mean(run)
                 batch.voxel_std[place].numpy()[...] = self._voxel_std(run)
-        except (SwiftError, OSError, ValueError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            told = str(error) if isinstance(error, SwiftError) and info.key in str(error) else None
-            raise BadClipError(clip, info.key, start, start + span - 1, f"cannot be read ({reason})", told=told) from error
+        except DamagedError as error:
+            raise BadClipError(clip, info.key, start, start + span - 1, str(error), told=str(error)) from error
         if reason is not None:
             raise BadClipError(clip, info.key, start, start + span - 1, reason)
 
@@ -148,7 +149,6 @@ class ClipReader:
         """Read frames into (T, V); says what makes them useless, if anything does."""
         if weights is not None:
             bold = self._source.read_bold(run, start, weights.shape[1], 1)
-            np.matmul(weights, bold.astype(np.float32), out=out)
         elif out.dtype == self._source.runs[run].dtype:
             bold = self._source.read_bold(run, start, self._clips.frames, self._clips.stride, out=out)
         else:
@@ -156,6 +156,8 @@ class ClipReader:
             out[...] = bold
         if bold.dtype.kind == "f" and not np.isfinite(bold).all():
             return "holds NaN or infinity"
+        if weights is not None:
+            np.matmul(weights, bold.astype(np.float32), out=out)
         if len(bold) > 1 and all(np.array_equal(frame, bold[0]) for frame in bold[1:]):
             return "does not change from frame to frame"
         return None

@@ -6,6 +6,7 @@ reading of the chunks that hold it; descriptors and the indices of shards are ke
 
 import json
 import os
+import resource
 import struct
 import threading
 from collections import OrderedDict
@@ -27,8 +28,9 @@ _CHECKSUM_BYTES = 4
 _ENTRY_BYTES = 16
 _CHUNKS_A_CALL = 256
 """Chunks that one call reads: the system takes 1024 buffers at most, two a chunk."""
-OPEN_SHARDS = 256
-"""Descriptors that a process keeps open at most."""
+SHARE_OF_DESCRIPTORS = 0.25, 0.625
+"""Shards of runs, and those that runs share, that a process keeps open, as shares of the descriptors that it may have."""
+MOST_OPEN = 1024
 
 
 class ChunkError(Exception):
@@ -65,8 +67,10 @@ class _Shard:
 class OpenShards:
     """The files that a process has open, the least recently used closed first; safe to use from several threads."""
 
-    def __init__(self, capacity: int = OPEN_SHARDS) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int | None = None, *, shared: bool = False) -> None:
+        """Keep `capacity` files open; by default as many as the process may, for files that runs share or for theirs."""
+        allowed = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], MOST_OPEN)
+        self.capacity = int(allowed * SHARE_OF_DESCRIPTORS[shared]) if capacity is None else capacity
         self._shards: OrderedDict[Path, _Shard] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -169,6 +173,7 @@ class ShardedArray:
 
         Raises:
             ChunkError: its bytes are not what was written.
+            OSError: the file system does not give them.
         """
         width, chunk = self.shape[-1], self._form.inner[-1]
         out = np.empty(width, dtype=self.dtype)
@@ -199,6 +204,7 @@ class ShardedArray:
 
         Raises:
             ChunkError: a file or bytes are missing or not what was written.
+            OSError: the file system does not give them.
         """
         for number in range(first // self.shard_length, (stop - 1) // self.shard_length + 1):
             begin = number * self.shard_length
@@ -231,8 +237,6 @@ class ShardedArray:
             return self._files.get(self._folder / key, self._chunks, size)
         except FileNotFoundError:
             return None
-        except OSError as error:
-            raise ChunkError(error.strerror or type(error).__name__) from error
 
     def _fetch(self, shard: _Shard, pieces: list[_Piece], targets: list[AnyArray]) -> None:
         """Read chunks whole into their targets, neighbours in the file together, and check every one."""
@@ -244,11 +248,8 @@ class ShardedArray:
                 and pieces[last].offset == pieces[last - 1].offset + pieces[last - 1].length
             ):
                 last += 1
-            group = pieces[done:last], targets[done:last]
-            try:
-                self._fetch_compressed(shard, *group) if self._form.compressed else self._fetch_plain(shard, *group)
-            except OSError as error:
-                raise ChunkError(error.strerror or type(error).__name__, pieces[done].first, pieces[last - 1].stop) from error
+            fetch = self._fetch_compressed if self._form.compressed else self._fetch_plain
+            fetch(shard, pieces[done:last], targets[done:last])
             done = last
 
     def _fetch_plain(self, shard: _Shard, pieces: list[_Piece], targets: list[AnyArray]) -> None:

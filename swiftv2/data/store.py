@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from swiftv2.data.grid import Grid
 from swiftv2.data.keys import subject_key
 from swiftv2.data.labels import LabelRow, RunName, join_labels
 from swiftv2.data.shards import ChunkError, OpenShards, ShardedArray
-from swiftv2.errors import SwiftError
+from swiftv2.errors import DamagedError, SwiftError
 
 Result = TypeVar("Result")
 
@@ -43,7 +43,7 @@ class Run:
         max_error: largest |stored - source| in source units that the number type cost.
         resampled: whether the voxels were interpolated onto the grid.
         cleaned: whether the voxels' means are about zero, as cleaned data have them.
-        confounds: whether per-frame confounds are stored.
+        confounds: names of the per-frame arrays that tell anything of the run.
         source_orientation, source_shape, source_affine, source_sha256: of the BOLD file.
         bytes: on disk, of the bold shards.
         steady_from: first volume after the leading non-steady ones, where confounds tell of any; statistics and clips
@@ -75,7 +75,7 @@ class Run:
     max_error: float
     resampled: bool
     cleaned: bool
-    confounds: bool
+    confounds: tuple[str, ...]
     source_orientation: str
     source_shape: tuple[int, ...]
     source_affine: tuple[tuple[float, ...], ...]
@@ -91,10 +91,6 @@ class Run:
         """Whether the run's data are there."""
         return not self.withdrawn
 
-    def in_version(self, version: int) -> bool:
-        """Whether a version of the store had this run and its data."""
-        return self.since <= version and not 0 < self.withdrawn <= version
-
     def to_json(self) -> dict[str, Any]:
         """Plain values, as runs.jsonl holds them."""
         return asdict(self)
@@ -103,6 +99,7 @@ class Run:
     def from_json(cls, value: dict[str, Any]) -> Self:
         """The inverse of `to_json`."""
         known = {name: value[name] for name in _FIELDS & value.keys()}
+        known["confounds"] = tuple(known["confounds"])
         known["statistics"] = tuple(map(float, known["statistics"]))
         known["source_shape"] = tuple(map(int, known["source_shape"]))
         known["source_affine"] = tuple(tuple(map(float, row)) for row in known["source_affine"])
@@ -151,9 +148,10 @@ class Store:
         attributes, runs = read_index(folder)
         names = ["voxels", *(small.name for small in layout.SMALL_ARRAYS)]
         names += [f"bold/{dtype}" for dtype in sorted({run.dtype for run in runs if run.present})]
-        files = OpenShards()
+        # Clips of a large cohort come from another run each time; what runs share is few files, and stays open.
+        own, shared = OpenShards(), OpenShards(shared=True)
         try:
-            arrays = {name: ShardedArray(folder / name, files) for name in names}
+            arrays = {name: ShardedArray(folder / name, own if name.startswith("bold") else shared) for name in names}
         except SwiftError as error:
             raise SwiftError(f"store {folder}: {error}") from error
         return cls(folder, attributes, runs, arrays)
@@ -223,13 +221,26 @@ class Store:
         """A row that cannot be all fill value: an absent chunk or file reads as that, and would go unseen."""
         row, run = self._row(name, run_index), self.runs[run_index]
         if not row.any() and run.present and not (run.cleaned and name == "voxel_mean"):
-            raise SwiftError(f"store {self.path}: run {run.key}, {name} is missing: restore {name} from a copy or build again")
+            self._refuse_missing(run, name)
         return row
 
+    def _refuse_missing(self, run: Run, name: str) -> NoReturn:
+        self._check_unchanged(f"run {run.key}, {name}")
+        raise DamagedError(f"store {self.path}: run {run.key}, {name} is missing: restore {name} from a copy or build again")
+
     def frame_values(self, name: str, run_index: int) -> npt.NDArray[Any] | None:
-        """`framewise_displacement` (mm), `censored` or `non_steady_state` (0, 1) of a run, (frames,); None if not known."""
+        """`framewise_displacement` (mm), `censored` or `non_steady_state` (0, 1) of a run, (frames,); None if not known.
+
+        Raises:
+            SwiftError: it is known, and its file is damaged or gone.
+        """
         run = self.runs[run_index]
-        return self._row(name, run_index)[: run.frames] if run.confounds else None
+        if name not in run.confounds:
+            return None
+        row = self._row(name, run_index)[: run.frames]
+        if bool(np.isnan(row).all() if row.dtype.kind == "f" else (row == layout.UNKNOWN).all()):
+            self._refuse_missing(run, name)
+        return row
 
     def censored(self, run_index: int, displacement_mm: float | None = None) -> npt.NDArray[np.bool_] | None:
         """Frames of a run that its confounds censor, or call non-steady, (frames,) bool; None if not known.
@@ -241,12 +252,12 @@ class Store:
         flags = [self.frame_values(name, run_index) for name in ("censored", "non_steady_state")]
         found = np.zeros(self.runs[run_index].frames, dtype=np.bool_)
         for one in flags:
-            if one is None or (one == layout.UNKNOWN).all():
+            if one is None:
                 return None
             found |= one == 1
         if displacement_mm is not None:
             moved = self.frame_values("framewise_displacement", run_index)
-            if moved is None or np.isnan(moved).all():
+            if moved is None:
                 return None
             found |= moved > displacement_mm  # The first frame has no displacement: NaN is above nothing.
         return found
@@ -293,11 +304,29 @@ class Store:
         try:
             return read()
         except ChunkError as error:
+            self._check_unchanged(what)
             where = f", in frames {error.first} to {error.stop - 1}" if "frames" in what and error.stop else ""
-            raise SwiftError(
+            raise DamagedError(
                 f"store {self.path}: {what} cannot be read ({error}{where}): restore the file from a copy or build again; "
                 "`swiftv2 store verify` lists all that is damaged"
             ) from error
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise SwiftError(f"store {self.path}: {what} cannot be read now ({reason}): mend that and start again") from error
+
+    def _check_unchanged(self, what: str) -> None:
+        """Tell what is gone because it was withdrawn from what is damaged.
+
+        Raises:
+            SwiftError: the store has another version by now, in which something was withdrawn.
+        """
+        now = layout.read_attributes(self.path)
+        later = [one["version"] for one in now["history"] if one["version"] > self.version and one["change"] == "drop"]
+        if later:
+            raise SwiftError(
+                f"store {self.path}: {what}: gone, since subjects were withdrawn in version {later[-1]} of the store: give the "
+                "same command again, it goes on without them"
+            )
 
 
 def read_index(folder: Path) -> tuple[dict[str, Any], tuple[Run, ...]]:

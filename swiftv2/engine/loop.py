@@ -166,7 +166,8 @@ def _resume(
 
 def _leave_out(stream: Stream, run: RunDirectory, state: TrainerState, world: World, progress: ProgressLine) -> TrainerState:
     """Let all ranks leave out what any of them found of no use, and note it."""
-    found = {fault["clip"]: fault for faults in gather(stream.faults(), world) for fault in faults}
+    told = [fault for faults in gather(stream.faults(), world) for fault in faults]
+    found = {fault["clip"]: fault for fault in sorted(told, key=lambda one: -one["position"])}  # The first position counts.
     known = {clip for clip, _ in state.exclusions}
     for clip, fault in sorted(found.items()):
         if clip not in known:

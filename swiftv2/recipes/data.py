@@ -1,9 +1,12 @@
 """Opening a store for a run: which subjects, which clips, which cohorts; the same again whenever the run goes on."""
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.data.batch import RunTable
@@ -55,12 +58,23 @@ class Data:
         """
         known = [Exclusion(int(clip), int(position)) for clip, position in exclusions]
         gone = [Exclusion(clip, samples) for clip in self.withdrawn_train]
-        return SampleOrder(seed, len(self.train), [*known, *gone], self.mixture)
+        return SampleOrder(seed, len(self.train), [*known, *gone], self.mixture, self.table.cohort[self.train.run])
 
     def composition(self, order: SampleOrder, epoch: int) -> dict[str, int]:
         """Samples of each cohort in an epoch, by name."""
-        counted = order.composition(self.table.cohort[self.train.run], epoch)
+        counted = order.composition(epoch)
         return {self.table.cohort_names[place]: count for place, count in counted.items()}
+
+    def counts(self) -> dict[str, int]:
+        """Clips of each run that was cut into clips, by key."""
+        runs, counts = np.unique(np.concatenate([self.train.run, self.heldout.run]), return_counts=True)
+        return {self.store.runs[run].key: int(count) for run, count in zip(runs, counts, strict=True)}
+
+    def signature(self) -> tuple[Any, ...]:
+        """What must be the same on all ranks for them to see the same samples."""
+        arrays = [self.train.run, self.train.start, self.heldout.run, self.heldout.start]
+        digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+        return self.store.attributes["store_id"], self.store.version, self.store.fingerprint, digest
 
     def facts(self) -> dict[str, Any]:
         """What the run's events tell of its data."""
@@ -119,6 +133,9 @@ def open_data(config: PretrainConfig, run_dir: Path | None = None) -> Data:
     table = RunTable(store.runs)
     mixture = Mixture.make(config.data.mixing, table.cohort_names, table.cohort[train.run])
     gone = [_withdrawn(store, clips) for clips in (train, heldout)]
+    for part, clips, withdrawn in zip(("training", "held-out"), (train, heldout), gone, strict=True):
+        if len(withdrawn) == len(clips):
+            raise SwiftError(f"{run_dir}: all its {part} subjects were withdrawn since it was begun: begin another run.dir")
     return Data(store, version, splits, train, heldout, table, mixture, *gone)
 
 
@@ -164,7 +181,7 @@ def _check_cleaned(config: PretrainConfig, store: Store, runs: list[int]) -> Non
         UsageError: they meet others, or are scaled by one mean over all voxels, without leave.
     """
     cleaned = sum(store.runs[i].cleaned for i in runs)
-    if not cleaned or config.data.allow_cleaned or config.data.normalisation.kind == "per_voxel":
+    if not cleaned or config.data.allow_cleaned or config.data.normalisation.kind in ("per_voxel", "none"):
         return
     what = "all runs are" if cleaned == len(runs) else f"{cleaned} of {len(runs)} runs are"
     raise UsageError(

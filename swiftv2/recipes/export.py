@@ -41,6 +41,7 @@ def write_contract(run_dir: Path, config: PretrainConfig, data: Data) -> None:
             "generated": store.generated,
         },
         "splits": asdict(splits),
+        "clips": data.counts(),
         "subjects": _hashes(store, splits),
     }
     write_file(path, json.dumps(content, indent=1) + "\n")

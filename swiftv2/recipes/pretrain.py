@@ -14,7 +14,7 @@ from swiftv2.data.batches import BatchReader
 from swiftv2.engine import launch
 from swiftv2.engine.backend import build_backend
 from swiftv2.engine.checkpoint import list_checkpoints
-from swiftv2.engine.collective import on_first
+from swiftv2.engine.collective import gather, on_first
 from swiftv2.engine.launch import World
 from swiftv2.engine.loop import FitResult, fit
 from swiftv2.engine.place import find_place
@@ -53,6 +53,7 @@ def pretrain(config: PretrainConfig) -> FitResult:
     micro_batch, accumulation = split_batch(config.train.global_batch, place.size, config.train.micro_batch)
     world = launch.start(config.engine)
     try:
+        _check_agreement(data, world)
         with RunDirectory.open(config.run.dir, dump(config), world) as run:
             objective = Objective(config, torch.as_tensor(data.store.voxels).long(), data.store.grid.shape)
             if start_from is not None and not list_checkpoints(run.path):
@@ -120,13 +121,26 @@ def _stream(
         prefetch_mb=config.data.prefetch_mb,
         pin=world.device.type == "cuda",
         on_bad_clip=config.data.on_bad_clip,
+        most_faults=int(config.data.quarantine_limit * len(data.train)),
         table=data.table,
     )
 
     def begin_epoch(epoch: int) -> None:
-        run.event("epoch", epoch=epoch, samples=data.composition(data.order(config.run.seed, 0, []), epoch))
+        if world.rank == 0:
+            plain = data.order(config.run.seed, 0, [])
+            run.event("epoch", epoch=epoch, samples=data.composition(plain, epoch))
 
-    return DeviceStream(reader, world.device, config.data.quarantine_limit, begin_epoch)
+    return DeviceStream(reader, world.device, config.data.quarantine_limit, len(data.withdrawn_train), begin_epoch)
+
+
+def _check_agreement(data: Data, world: World) -> None:
+    """Make sure that all ranks opened the same version of the store (collective).
+
+    Raises:
+        SwiftError: on every rank, where they did not.
+    """
+    if len(set(gather(data.signature(), world))) > 1:
+        raise SwiftError(f"store {data.store.path} changed while the ranks opened it: give the same command again")
 
 
 def _load_start(config: PretrainConfig, data: Data) -> dict[str, Tensor]:

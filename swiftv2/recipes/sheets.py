@@ -315,7 +315,7 @@ def _cohort_facts(store: Store, runs: Sequence[Run]) -> tuple[tuple[str, str], .
         ("values", kinds([run.values for run in runs])),
         ("brain by", kinds([run.brain_rule for run in runs])),
         ("cleaned, resampled", f"{sum(run.cleaned for run in runs)}, {sum(run.resampled for run in runs)}"),
-        ("with confounds", str(sum(run.confounds for run in runs))),
+        ("with confounds", str(sum(bool(run.confounds) for run in runs))),
         ("store", f"version {store.version}{', generated data' if store.generated else ''}"),
     )
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +12,16 @@ from swiftv2.data.order import Exclusion
 from swiftv2.errors import SwiftError
 
 
+class _Taken(NamedTuple):
+    """A micro-batch on its way to the device, or why there is none, and what was of no use in it."""
+
+    batch: Batch | None
+    first: int
+    """Position of its first sample."""
+    faults: list[Fault]
+    error: SwiftError | None = None
+
+
 class DeviceStream:
     """Micro-batches of a reader on the device.
 
@@ -19,20 +29,26 @@ class DeviceStream:
         reader: this rank's micro-batches, in pinned memory where the device is a GPU.
         device: where they are wanted.
         limit: largest share of the clips that may be left out because they cannot be used.
-        begin_epoch: told the number of an epoch whose first micro-batch is about to be handed over.
+        withdrawn: clips that are left out from the beginning because their data were withdrawn.
+        begin_epoch: told the number of each epoch whose first samples are about to be handed over.
     """
 
     def __init__(
-        self, reader: BatchReader, device: torch.device, limit: float, begin_epoch: Callable[[int], None] = lambda _: None
+        self,
+        reader: BatchReader,
+        device: torch.device,
+        limit: float,
+        withdrawn: int = 0,
+        begin_epoch: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._reader, self._device, self._limit, self._begin_epoch = reader, device, limit, begin_epoch
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._ahead: Batch | None = None
+        self._ahead: _Taken | None = None
         self._faults: list[Fault] = []
-        self._epoch = -1
+        self._epoch: int | None = None
         # What this rank has found meanwhile is in the order already; here stands what all have agreed on.
         self._agreed: dict[int, int] = dict(reader.order.exclusions)
-        self._allowed = len(self._agreed) + int(limit * reader.order.clips)
+        self._allowed = withdrawn + int(limit * reader.order.clips)
 
     @property
     def exclusions(self) -> list[tuple[int, int]]:
@@ -40,38 +56,55 @@ class DeviceStream:
         return sorted(self._agreed.items())
 
     def __next__(self) -> Batch:
-        """The next micro-batch on the device."""
-        batch = self._copy(next(self._reader)) if self._ahead is None else self._ahead
-        self._ahead = None
+        """The next micro-batch on the device.
+
+        Raises:
+            SwiftError: it cannot be read.
+        """
+        taken, self._ahead = self._ahead or self._take(), None
+        if taken.error is not None:
+            raise taken.error
+        if taken.batch is None:
+            raise StopIteration
+        self._faults += taken.faults
+        self._tell_epochs(taken.first // self._reader.order.clips)
         if self._copies is not None:
             here = torch.cuda.current_stream(self._device)
             here.wait_stream(self._copies)
-            for field in dataclasses.fields(batch):
-                tensor = getattr(batch, field.name)
+            for field in dataclasses.fields(taken.batch):
+                tensor = getattr(taken.batch, field.name)
                 if tensor is not None:
                     tensor.record_stream(here)
             if self._reader.ready():
-                self._ahead = self._copy(next(self._reader))
-        return batch
+                self._ahead = self._take()
+        return taken.batch
 
-    def _copy(self, batch: Batch) -> Batch:
-        epoch = int(batch.sample[0]) // self._reader.order.clips
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._begin_epoch(epoch)
+    def _take(self) -> _Taken:
+        """Begin to copy the reader's next micro-batch; what is wrong with it counts when it is its turn."""
+        try:
+            batch = next(self._reader)
+        except StopIteration:
+            return _Taken(None, 0, [])
+        except SwiftError as error:
+            return _Taken(None, 0, [], error)
+        first, faults = int(batch.sample[0]), self._reader.faults()
         if self._copies is None:
-            return batch.to(self._device)
+            return _Taken(batch.to(self._device), first, faults)
         with torch.cuda.stream(self._copies):
-            return batch.to(self._device, non_blocking=True)
+            return _Taken(batch.to(self._device, non_blocking=True), first, faults)
+
+    def _tell_epochs(self, epoch: int) -> None:
+        for one in range(epoch if self._epoch is None else self._epoch + 1, epoch + 1):
+            self._begin_epoch(one)
+        self._epoch = epoch
 
     def faulty(self) -> bool:
         """Whether clips were found unusable since `faults` was last asked."""
-        self._faults += self._reader.faults()
         return bool(self._faults)
 
     def faults(self) -> list[dict[str, Any]]:
         """Unusable clips: id, position from which on they are left out, run key, frames, reason."""
-        found, self._faults = [*self._faults, *self._reader.faults()], []
+        found, self._faults = self._faults, []
         return [fault._asdict() for fault in found]
 
     def exclude(self, exclusions: Sequence[tuple[int, int]]) -> None:

@@ -24,7 +24,7 @@ from swiftv2.data.masks import brain_cells, draw_mask
 from swiftv2.data.normalise import gather, normalise, scaling, scatter
 from swiftv2.data.order import Exclusion, SampleOrder
 from swiftv2.data.store import Store
-from swiftv2.errors import SwiftError
+from swiftv2.errors import DamagedError, SwiftError
 
 CLIP = ClipConfig(frames=6, stride_within=2, stride_between=0.5)
 MASK = MaskConfig(ratio=0.5, patch_size=(2, 2, 2, 2))
@@ -176,7 +176,6 @@ def test_every_world_size_and_accumulation_reads_the_same_samples(world: int, mi
             samples_consumed=17,
         )
         found += _take(reader, steps * accumulation)
-        assert reader.samples_consumed == 17 + steps * 24
     assert _by_sample(found) == expected
 
 
@@ -187,15 +186,6 @@ def test_a_reader_goes_on_from_any_sample(consumed: int) -> None:
     assert resumed == {position: whole[position] for position in resumed}
     assert min(resumed) == consumed
     assert max(row[9] for row in whole.values()) > 0, "the test should reach a second epoch"
-
-
-def test_only_whole_steps_count_as_consumed() -> None:
-    with _reader(MemorySource(), micro_batch=2, accumulation=3, samples_consumed=5) as reader:
-        counts = []
-        for _ in range(7):
-            next(reader)
-            counts.append(reader.samples_consumed)
-    assert counts == [5, 5, 11, 11, 11, 17, 17]
 
 
 @pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (2, 2), (7, 5)])
@@ -214,12 +204,36 @@ def test_reading_ahead_is_bounded() -> None:
         assert source.reads == (1 + 2) * 4
 
 
+@pytest.mark.parametrize("policy", ["fail", "quarantine"])
+def test_what_cannot_be_read_now_ends_the_run_under_any_policy(policy: str) -> None:
+    source = MemorySource()
+
+    def fail(_run: int, _start: int) -> None:
+        raise SwiftError("store x: run run0 cannot be read now (Too many open files)")
+
+    source.before_read = fail
+    with pytest.raises(SwiftError, match="Too many open files"):
+        _take(_reader(source, on_bad_clip=policy), 100)
+
+
+def test_more_faults_than_allowed_end_the_run_at_once() -> None:
+    """As where a whole file system is gone: nobody tries all clips one after another."""
+    source = MemorySource(subjects=40)
+
+    def fail(_run: int, _start: int) -> None:
+        raise DamagedError("the checksum fails")
+
+    source.before_read = fail
+    with pytest.raises(SwiftError, match=r"6 clips of no use on this rank, more than data\.quarantine_limit allows"):
+        _take(_reader(source, on_bad_clip="quarantine", most_faults=5, threads=1, prefetch=1), 100)
+
+
 def test_an_unreadable_clip_names_run_and_frames_and_the_threads_end() -> None:
     source = MemorySource()
 
     def fail(run: int, start: int) -> None:
         if run == 4:
-            raise ValueError(f"checksum at {start}")
+            raise DamagedError(f"run run4, frames {start} to {start + 10}: checksum")
 
     source.before_read = fail
     before = threading.active_count()
@@ -254,7 +268,7 @@ def test_clips_of_no_use_are_replaced_alike_on_every_world_size(world: int, kind
         def spoil(run: int, start: int, bold: NDArray[Any]) -> None:
             if (run, start) in places:
                 if kind == "checksum":
-                    raise SwiftError(f"run {source.runs[run].key}: the checksum fails")
+                    raise DamagedError(f"run {source.runs[run].key}: the checksum fails")
                 bold[...] = 7 if kind == "constant" else np.nan
 
         source.after_read = spoil
@@ -318,9 +332,9 @@ def test_clips_come_at_another_repetition_time() -> None:
                 offset = run * 1000 + source.voxels % 10
                 seconds = batch.start[i].item() * source.runs[run].tr + 1.5 * np.arange(8)
                 ramp = offset + 10 * seconds[:, None] / source.runs[run].tr
-                # A faster run is averaged over two target steps, whose weights lean at the clip's ends.
-                atol = 1e-3 if run % 2 == 0 else 4.0
-                np.testing.assert_allclose(batch.bold[i].numpy(), ramp, atol=atol)
+                # A clip of a faster run begins a filter's margin later, and a triangle between its frames leans a little.
+                expected, atol = (ramp, 1e-3) if run % 2 == 0 else (ramp + 10, 2.0)
+                np.testing.assert_allclose(batch.bold[i].numpy(), expected, atol=atol)
 
 
 def test_closing_ends_the_threads_and_the_iteration() -> None:
@@ -332,20 +346,6 @@ def test_closing_ends_the_threads_and_the_iteration() -> None:
     assert threading.active_count() == before
     with pytest.raises(StopIteration):
         next(reader)
-
-
-def test_waiting_for_data_is_measured() -> None:
-    slow = MemorySource()
-    slow.before_read = lambda _run, _start: time.sleep(0.01)
-    with _reader(slow, threads=1, prefetch=1) as reader:
-        next(reader)
-        assert reader.wait_seconds >= 0.04
-    with _reader(MemorySource(), prefetch=2) as reader:
-        next(reader)
-        time.sleep(0.1)
-        waited = reader.wait_seconds
-        next(reader)
-        assert reader.wait_seconds - waited < 0.05
 
 
 def test_runs_of_different_formats_meet_in_float32() -> None:

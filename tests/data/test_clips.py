@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from swiftv2.config.data import ClipConfig
 from swiftv2.data.clips import clip_starts, index_clips, select_runs, spread_clips
-from swiftv2.errors import UsageError
+from swiftv2.errors import SwiftError, UsageError
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,23 @@ def test_mixed_repetition_times_are_refused_unless_allowed() -> None:
         index_clips(runs, ClipConfig(frames=20))
     assert len(index_clips(runs, ClipConfig(frames=20), allow_mixed_tr=True)) == 6
     assert len(index_clips(runs, ClipConfig(frames=20), [0, 1])) == 4
+    close = [BareRun("r0", 40, 2.0), BareRun("r1", 40, 2.004), BareRun("r2", 40, 1.9996)]
+    assert len(index_clips(close, ClipConfig(frames=20))) == 6
+
+
+def test_withdrawn_runs_keep_the_number_of_their_clips_though_nobody_knows_their_gaps() -> None:
+    config = ClipConfig(frames=5, gaps="between")
+    flags = np.zeros(30, dtype=bool)
+    flags[[3, 14]] = True
+    runs = [BareRun("r0", 30), BareRun("r1", 30), BareRun("r2", 30)]
+    before = index_clips(runs, config, censored=lambda _: flags)
+    counts = {run.key: int((before.run == i).sum()) for i, run in enumerate(runs)}
+    later = [runs[0], BareRun("r1", 30, withdrawn=2), runs[2]]
+    after = index_clips(later, config, censored=lambda i: None if later[i].withdrawn else flags, counts=counts)
+    np.testing.assert_array_equal(after.run, before.run)
+    np.testing.assert_array_equal(after.start[after.run != 1], before.start[before.run != 1])
+    with pytest.raises(SwiftError, match="run r2 gives 5 clips, not the 9 that it gave"):
+        index_clips(later, config, censored=lambda _: flags, counts=counts | {"r2": 9})
 
 
 def test_no_run_is_refused() -> None:

@@ -17,7 +17,7 @@ def test_every_epoch_holds_every_clip_once(seed: int, clips: int, epoch: int) ->
     order = SampleOrder(seed, clips)
     positions = np.arange(epoch * clips, (epoch + 1) * clips)
     assert sorted(order.clips_at(positions).tolist()) == list(range(clips))
-    assert set(order.epochs_at(positions).tolist()) == {epoch}
+    assert set(order.samples_at(positions)[1].tolist()) == {epoch}
 
 
 def test_epochs_and_seeds_differ() -> None:
@@ -76,3 +76,21 @@ def test_exclusions_are_checked() -> None:
         SampleOrder(0, 2, [Exclusion(0, 0), Exclusion(1, 0)]).clips_at(np.zeros(1, dtype=np.int64))
     with pytest.raises(ValueError, match="at least one clip"):
         SampleOrder(0, 0)
+
+
+def test_a_substitute_comes_from_the_clip_s_cohort_and_is_drawn_for_as_nothing_else() -> None:
+    cohort = np.repeat([0, 1], [44, 29])
+    positions = np.arange(5 * 73)
+    plain = SampleOrder(0, 73, cohort=cohort).clips_at(positions)
+    order = SampleOrder(0, 73, [Exclusion(clip, 70) for clip in range(40, 60)], cohort=cohort)
+    clips, passes = order.samples_at(positions)
+    np.testing.assert_array_equal(cohort[plain], cohort[clips])
+    held = (positions >= 70) & (plain >= 40) & (plain < 60)
+    np.testing.assert_array_equal(passes[held], -1 - positions[held])
+    np.testing.assert_array_equal(passes[~held], positions[~held] // 73)
+
+
+def test_a_cohort_of_which_nothing_is_left_lends_its_turns_to_the_others() -> None:
+    cohort = np.repeat([0, 1], [30, 3])
+    order = SampleOrder(0, 33, [Exclusion(clip, 0) for clip in (30, 31, 32)], cohort=cohort)
+    assert order.clips_at(np.arange(99)).max() < 30

@@ -11,12 +11,14 @@ import pytest
 from ranks import swiftv2_run
 from store_files import GRID, bold_values, contents, save_run
 
+from swiftv2.config.synth import SynthConfig
 from swiftv2.data import layout
 from swiftv2.data.append import append
 from swiftv2.data.build import build
 from swiftv2.data.contents import info
 from swiftv2.data.drop import drop, read_withdrawals
 from swiftv2.data.store import Store
+from swiftv2.data.synth import generate
 from swiftv2.data.verify import verify
 from swiftv2.errors import SwiftError, UsageError
 from swiftv2.files import sha256
@@ -92,6 +94,20 @@ def test_a_missing_shared_shard_is_no_empty_brain(name: str, store: Path) -> Non
     with pytest.raises(SwiftError, match=f"{name} is missing"):
         getattr(Store.open(store), name)(0)
     assert not verify(store).ok
+
+
+@pytest.mark.parametrize("name", ["framewise_displacement", "censored", "non_steady_state"])
+def test_a_lost_shard_of_confounds_is_not_unknown_confounds(name: str, tmp_path: Path) -> None:
+    generate(SynthConfig(subjects=8, voxel_mm=6, frames=24), tmp_path / "in")
+    build(tmp_path / "in", tmp_path / "store", GRID, "a")
+    store = Store.open(tmp_path / "store")
+    told = [i for i, run in enumerate(store.runs) if name in run.confounds]
+    assert told
+    assert store.frame_values(name, told[0]) is not None
+    (tmp_path / "store" / name / "c.0.0").unlink()
+    with pytest.raises(SwiftError, match=f"{name} is missing"):
+        Store.open(tmp_path / "store").frame_values(name, told[0])
+    assert {store.runs[i].key for i in told} <= {key for key, _ in verify(tmp_path / "store").bad}
 
 
 def test_statistics_that_do_not_fit_are_found(store: Path) -> None:

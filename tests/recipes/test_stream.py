@@ -1,6 +1,8 @@
 """Batches on their way to the device: epochs told once, exclusions by agreement, a limit, copies that change nothing."""
 
+import contextlib
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ def _stream(source: MemorySource, device: torch.device = CPU, limit: float = 1.0
         pin=device.type == "cuda",
         **options,
     )
-    return DeviceStream(reader, device, limit, epochs.append)
+    return DeviceStream(reader, device, limit, begin_epoch=epochs.append)
 
 
 def _broken(bad_run: int) -> MemorySource:
@@ -78,6 +80,35 @@ def test_what_a_rank_finds_is_not_agreed_before_all_say_so() -> None:
     stream.exclude([*agreed, *agreed, (0, 8)])
     assert stream.exclusions == sorted({*agreed, (0, 8)})
     stream.close()
+
+
+def test_what_is_wrong_with_a_batch_that_was_taken_ahead_counts_when_its_turn_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the next batch is copied while the present one is computed; copies are left out here."""
+    source = MemorySource()
+    clips = index_clips(source.runs, CLIP)
+    third = [(int(clips.run[c]), int(clips.start[c])) for c in SampleOrder(3, len(clips)).clips_at(np.arange(8, 12))]
+
+    def fail(run: int, start: int) -> None:
+        if (run, start) in third:
+            raise SwiftError("gone")
+
+    source.before_read = fail
+    stream = _stream(source)
+    monkeypatch.setattr(stream, "_copies", object())
+    for name, stand_in in {"current_stream": lambda _: Nothing(), "stream": lambda _: contextlib.nullcontext()}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _self, _stream: None)
+    for expected in (0, 4):
+        time.sleep(0.2)
+        assert int(next(stream).sample[0]) == expected
+    with pytest.raises(SwiftError, match="gone"):
+        next(stream)
+    stream.close()
+
+
+class Nothing:
+    def wait_stream(self, other: object) -> None:
+        del other
 
 
 def test_too_many_exclusions_end_the_run() -> None:
