@@ -116,7 +116,7 @@ def test_a_reader_of_the_former_version_meets_an_error_not_zeros(store: Path) ->
     key = subject_key(SALT, "one", "gamma99")
     index = next(i for i, run in enumerate(reader.runs) if run.subject == key)
     drop_tiny(store, "gamma99")
-    with pytest.raises(SwiftError, match="missing"):
+    with pytest.raises(SwiftError, match="withdrawn in version"):
         reader.read_bold(index, 0, 5)
     other = next(i for i, run in enumerate(reader.runs) if run.subject != key)
     reader.read_bold(other, 0, 5)
