@@ -25,9 +25,9 @@ from formats import size_of
 from machine import child, cpu_seconds, memory, page, parser, prose, run_children, table, write_page
 
 from swiftv2.config.data import GridConfig
-from swiftv2.data.build import build
+from swiftv2.data.changes.build import build
 from swiftv2.data.ranks import Alone, Communicator, MPICommunicator
-from swiftv2.data.store import Store
+from swiftv2.data.store.reader import Store
 from swiftv2.errors import SwiftError
 from swiftv2.files import write_file
 

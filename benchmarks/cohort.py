@@ -19,11 +19,11 @@ from cohorts import cohort, index_path, read_json, rewrite_index, store
 from machine import cpu_seconds, memory, page, parser, prose, table, write_page
 
 from swiftv2.config.data import ClipConfig, SplitConfig
-from swiftv2.data.batch import RunTable
-from swiftv2.data.clips import check_repetition_times, index_clips, select_runs
-from swiftv2.data.order import SampleOrder, rank_positions
-from swiftv2.data.splits import split_subjects
-from swiftv2.data.store import Store
+from swiftv2.data.samples.batch import RunTable
+from swiftv2.data.samples.clips import check_repetition_times, index_clips, select_runs
+from swiftv2.data.samples.order import SampleOrder, rank_positions
+from swiftv2.data.samples.splits import split_subjects
+from swiftv2.data.store.reader import Store
 from swiftv2.files import write_file
 
 SLOW = 2.0

@@ -10,10 +10,12 @@ from typing import Any
 
 from swiftv2.config.data import GridConfig
 from swiftv2.config.synth import SynthConfig
-from swiftv2.data import build as build_module
-from swiftv2.data import ingest, layout, plan_build
-from swiftv2.data.build import build
-from swiftv2.data.store import Store
+from swiftv2.data.changes import build as build_module
+from swiftv2.data.changes import plan as plan_build
+from swiftv2.data.changes.build import build
+from swiftv2.data.ingest import run as ingest
+from swiftv2.data.store import layout
+from swiftv2.data.store.reader import Store
 from swiftv2.data.synth import generate
 from swiftv2.files import write_file
 

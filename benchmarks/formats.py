@@ -23,7 +23,7 @@ import zarr
 from cohorts import index_path, read_json, rewrite_index
 from zarr.storage import LocalStore
 
-from swiftv2.data.store import Run, Store
+from swiftv2.data.store.reader import Run, Store
 from swiftv2.errors import SwiftError
 from swiftv2.files import write_file
 

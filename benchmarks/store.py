@@ -54,10 +54,10 @@ from timing import Clip, Cost, random_clips, ratio, read_in_turn
 from swiftv2.config.data import ClipConfig, NormalisationConfig
 from swiftv2.config.load import find_preset, read_yaml
 from swiftv2.config.model import MaskConfig, ModelConfig
-from swiftv2.data.batches import BatchReader
-from swiftv2.data.clips import index_clips
-from swiftv2.data.order import SampleOrder
-from swiftv2.data.store import Store
+from swiftv2.data.samples.batches import BatchReader
+from swiftv2.data.samples.clips import index_clips
+from swiftv2.data.samples.order import SampleOrder
+from swiftv2.data.store.reader import Store
 from swiftv2.errors import SwiftError
 from swiftv2.plan import plan_model
 

@@ -10,7 +10,7 @@ from formats import Reader
 from machine import cpu_seconds, disk_bytes, drop, resident
 
 from swiftv2.data import keyed
-from swiftv2.data.store import Run
+from swiftv2.data.store.reader import Run
 
 Clip = tuple[int, int]
 """Run and first frame."""

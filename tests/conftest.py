@@ -8,7 +8,7 @@ import torch
 from hypothesis import settings
 
 from swiftv2.config.data import GridConfig
-from swiftv2.data.build import build
+from swiftv2.data.changes.build import build
 
 settings.register_profile("swiftv2", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("swiftv2")

@@ -61,6 +61,25 @@ def test_the_wings_stand_side_by_side() -> None:
         assert not ALLOWED[wing] & WINGS
 
 
+WITHIN_DATA = {
+    "samples": {"keyed"},
+    "store": {"grid", "keys", "labels", "ranks", "statistics"},
+    "ingest": {"store", "grid", "labels", "statistics", "keys"},
+    "changes": {"store", "ingest", "grid", "labels", "statistics", "keys", "ranks"},
+    "synth": {"grid", "keyed"},
+}
+
+
+@pytest.mark.parametrize("folder", WITHIN_DATA)
+def test_the_floors_of_the_data_wing(folder: str) -> None:
+    """Samples know a store by what they ask of it; nothing but changes knows how runs come into one."""
+    for path in (PACKAGE / "data" / folder).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("swiftv2.data"):
+                below = node.module.split(".")[2:3] or [alias.name for alias in node.names]
+                assert set(below) <= WITHIN_DATA[folder] | {folder}, path
+
+
 def test_the_loop_reads_in_one_sitting() -> None:
     assert len((PACKAGE / "engine" / "loop.py").read_text(encoding="utf-8").splitlines()) <= 350
 

@@ -26,7 +26,7 @@ from swiftv2 import cli
 from swiftv2.commands.ranks import LAUNCHER_VARIABLES
 from swiftv2.config.load import load, load_model, presets_root
 from swiftv2.config.pretrain import PretrainConfig
-from swiftv2.data.store import Store
+from swiftv2.data.store.reader import Store
 from swiftv2.terminal import Shown
 
 REAL = Path(nitime.__file__).parent / "data"

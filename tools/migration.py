@@ -232,7 +232,7 @@ def _grid(arguments: argparse.Namespace) -> GridConfig | None:
 
 
 def _build(arguments: argparse.Namespace, grid: GridConfig) -> None:
-    from swiftv2.data.build import build
+    from swiftv2.data.changes.build import build
 
     options: dict[str, Any] = {"labels": arguments.labels, "salt": arguments.salt, "keep_float": arguments.keep_float}
     report = build(arguments.out, arguments.store, grid, arguments.cohort, **options)

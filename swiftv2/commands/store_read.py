@@ -53,7 +53,7 @@ def add(verbs: Any) -> None:
 def _store_info(arguments: argparse.Namespace) -> int:
     if arguments.individuals and arguments.plot is None:
         raise UsageError("--individuals goes with --plot FOLDER")
-    from swiftv2.data.contents import info
+    from swiftv2.data.store.contents import info
 
     values = info(arguments.store)
     grid, generated = values["grid"], ", generated data" if values["generated"] else ""
@@ -105,7 +105,7 @@ def _counts(values: dict[str, int]) -> str:
 
 
 def _store_verify(arguments: argparse.Namespace) -> int:
-    from swiftv2.data.verify import verify
+    from swiftv2.data.store.verify import verify
 
     ranks = communicator("store verify")
     with Shown("runs", shown=ranks.rank == 0) as shown:

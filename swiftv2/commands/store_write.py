@@ -14,8 +14,8 @@ from swiftv2.errors import SwiftError, UsageError
 from swiftv2.terminal import Parser, Shown, add_command, add_json, answer
 
 if TYPE_CHECKING:
-    from swiftv2.data.publish import BuildReport
-    from swiftv2.data.tally import Progress
+    from swiftv2.data.changes.publish import BuildReport
+    from swiftv2.data.changes.tally import Progress
 
 COMPRESSIONS = ("none", "lz4", "zstd")
 
@@ -101,7 +101,7 @@ def _add_drop(verbs: Any) -> None:
 
 
 def _store_build(arguments: argparse.Namespace) -> int:
-    from swiftv2.data.build import build as build_store
+    from swiftv2.data.changes.build import build as build_store
 
     grid, clean = _sections(arguments.overrides, "build")
 
@@ -112,7 +112,7 @@ def _store_build(arguments: argparse.Namespace) -> int:
 
 
 def _store_append(arguments: argparse.Namespace) -> int:
-    from swiftv2.data.append import append
+    from swiftv2.data.changes.append import append
 
     grid, clean = _sections(arguments.overrides, "append")
 
@@ -184,7 +184,7 @@ def _tell(arguments: argparse.Namespace, done: str, report: "BuildReport") -> No
 
 
 def _store_drop(arguments: argparse.Namespace) -> int:
-    from swiftv2.data.drop import drop, read_withdrawals
+    from swiftv2.data.changes.drop import drop, read_withdrawals
 
     withdrawal = read_withdrawals(
         arguments.store, arguments.subjects, arguments.cohort, ignore_unknown=arguments.ignore_unknown

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from swiftv2.config.pretrain import PretrainConfig
-from swiftv2.data.batch import RunTable
-from swiftv2.data.clips import ClipIndex, check_repetition_times, index_clips, select_runs
-from swiftv2.data.mixing import Mixture
-from swiftv2.data.order import Exclusion, SampleOrder
-from swiftv2.data.splits import Splits, split_subjects
-from swiftv2.data.store import Store
+from swiftv2.data.samples.batch import RunTable
+from swiftv2.data.samples.clips import ClipIndex, check_repetition_times, index_clips, select_runs
+from swiftv2.data.samples.mixing import Mixture
+from swiftv2.data.samples.order import Exclusion, SampleOrder
+from swiftv2.data.samples.splits import Splits, split_subjects
+from swiftv2.data.store.reader import Store
 from swiftv2.errors import SwiftError, UsageError
 from swiftv2.files import read_json
 

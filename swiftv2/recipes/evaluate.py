@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from swiftv2.config.pretrain import PretrainConfig
-from swiftv2.data.batches import evaluation_batches
-from swiftv2.data.masks import brain_ratio
+from swiftv2.data.samples.batches import evaluation_batches
+from swiftv2.data.samples.masks import brain_ratio
 from swiftv2.engine.collective import on_first
 from swiftv2.engine.launch import World
 from swiftv2.errors import SwiftError

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from swiftv2 import weights
 from swiftv2.config.load import load
 from swiftv2.config.pretrain import PretrainConfig
-from swiftv2.data.splits import Splits
-from swiftv2.data.store import Store
+from swiftv2.data.samples.splits import Splits
+from swiftv2.data.store.reader import Store
 from swiftv2.engine.backend import WEIGHTS
 from swiftv2.engine.checkpoint import latest, list_checkpoints, verify_checkpoint
 from swiftv2.errors import SwiftError

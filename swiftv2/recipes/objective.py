@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.data import keyed
-from swiftv2.data.batch import Batch
-from swiftv2.data.masks import Shape3, expand_mask
-from swiftv2.data.normalise import gather, normalise, scatter
+from swiftv2.data.samples.batch import Batch
+from swiftv2.data.samples.masks import Shape3, expand_mask
+from swiftv2.data.samples.normalise import gather, normalise, scatter
 from swiftv2.models.simmim import SimMIM
 
 

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from swiftv2.config.pretrain import PretrainConfig
-from swiftv2.data.batch import Batch
-from swiftv2.data.batches import evaluation_batches
-from swiftv2.data.normalise import scaling
-from swiftv2.data.store import Store
+from swiftv2.data.samples.batch import Batch
+from swiftv2.data.samples.batches import evaluation_batches
+from swiftv2.data.samples.normalise import scaling
+from swiftv2.data.store.reader import Store
 from swiftv2.files import write_file
 from swiftv2.recipes.baselines import time_interpolation
 from swiftv2.recipes.data import Data

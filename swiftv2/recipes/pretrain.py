@@ -10,7 +10,7 @@ from swiftv2 import weights
 from swiftv2.config.engine import split_batch
 from swiftv2.config.load import dump
 from swiftv2.config.pretrain import PretrainConfig
-from swiftv2.data.batches import BatchReader
+from swiftv2.data.samples.batches import BatchReader
 from swiftv2.engine import launch
 from swiftv2.engine.backend import build_backend
 from swiftv2.engine.checkpoint import list_checkpoints

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from swiftv2.data import layout
 from swiftv2.data.grid import Grid
-from swiftv2.data.store import Run, Store
+from swiftv2.data.store import layout
+from swiftv2.data.store.reader import Run, Store
 from swiftv2.errors import SwiftError, UsageError
 from swiftv2.files import sync, write_file
 from swiftv2.report.sheets import PLANES, SPIKE_MM, CohortSheet, RunSheet, Slices, draw

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from swiftv2.data.batch import Batch
-from swiftv2.data.batches import BatchReader, Fault
-from swiftv2.data.order import Exclusion
+from swiftv2.data.samples.batch import Batch
+from swiftv2.data.samples.batches import BatchReader, Fault
+from swiftv2.data.samples.order import Exclusion
 from swiftv2.errors import SwiftError
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from swiftv2 import weights
-from swiftv2.data.drop import Withdrawal
-from swiftv2.data.layout import read_attributes
+from swiftv2.data.changes.drop import Withdrawal
+from swiftv2.data.store.layout import read_attributes
 from swiftv2.errors import SwiftError, UsageError
 from swiftv2.recipes.data import CONTRACT
 

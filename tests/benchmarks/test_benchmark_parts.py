@@ -10,7 +10,7 @@ from formats import CODECS, H5_FRAME, H5_OWN, LIMIT, PT, READERS, PlainReads, bo
 from machine import BEGIN, END, ROOT, command, count_calls, drop, fill, prose, resident, table
 from timing import Cost, random_clips, read_in_turn
 
-from swiftv2.data.store import Store
+from swiftv2.data.store.reader import Store
 
 
 def test_formats_hold_the_numbers_of_the_store(real_store: Path, tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ import pytest
 from store_files import SPACE, bold_values, save_run
 
 from swiftv2.config.data import GridConfig
-from swiftv2.data.append import append
-from swiftv2.data.build import build
-from swiftv2.data.drop import DropReport, drop, read_withdrawals
-from swiftv2.data.publish import BuildReport
-from swiftv2.data.store import Store
+from swiftv2.data.changes.append import append
+from swiftv2.data.changes.build import build
+from swiftv2.data.changes.drop import DropReport, drop, read_withdrawals
+from swiftv2.data.changes.publish import BuildReport
+from swiftv2.data.store.reader import Store
 
 TINY = (7, 8, 6)
 BOX = GridConfig(kind="source", mask="box", space=SPACE)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nilearn import signal
 
-from swiftv2.data.quantise import to_stored
+from swiftv2.data.ingest.quantise import to_stored
 from swiftv2.data.statistics import is_cleaned, run_statistics, voxel_statistics
 
 

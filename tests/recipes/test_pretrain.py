@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from swiftv2 import weights
 from swiftv2.cli import main
 from swiftv2.config.data import GridConfig
-from swiftv2.data.build import build
-from swiftv2.data.store import Store
+from swiftv2.data.changes.build import build
+from swiftv2.data.store.reader import Store
 from swiftv2.engine.rundir import read_metrics
 
 pytestmark = pytest.mark.slow

@@ -14,8 +14,8 @@ from test_pretrain import CONFIG, losses, pretrain
 from swiftv2.cli import main
 from swiftv2.config.load import load
 from swiftv2.config.pretrain import PretrainConfig
-from swiftv2.data import layout
-from swiftv2.data.store import Run, Store
+from swiftv2.data.store import layout
+from swiftv2.data.store.reader import Run, Store
 from swiftv2.engine.rundir import read_lines, read_metrics
 from swiftv2.recipes.data import open_data
 

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from swiftv2 import cli
 from swiftv2.config.data import GridConfig
-from swiftv2.data import layout
-from swiftv2.data.build import build
+from swiftv2.data.changes.build import build
 from swiftv2.data.grid import mni152_grid
-from swiftv2.data.store import Store
+from swiftv2.data.store import layout
+from swiftv2.data.store.reader import Store
 from swiftv2.errors import SwiftError, UsageError
 from swiftv2.recipes.sheets import FEWEST_SUBJECTS, MEASURES, cut, draw_sheets, robust_z
 

@@ -1,26 +1,22 @@
 """Batches on their way to the device: epochs told once, exclusions by agreement, a limit, copies that change nothing."""
 
 import contextlib
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from test_batches import MemorySource
 
 from swiftv2.config.data import ClipConfig, NormalisationConfig
 from swiftv2.config.model import MaskConfig
-from swiftv2.data.batches import BatchReader
-from swiftv2.data.clips import index_clips
-from swiftv2.data.order import SampleOrder
+from swiftv2.data.samples.batches import BatchReader
+from swiftv2.data.samples.clips import index_clips
+from swiftv2.data.samples.order import SampleOrder
 from swiftv2.errors import SwiftError
 from swiftv2.recipes.stream import DeviceStream
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-from test_batches import MemorySource
 
 CLIP = ClipConfig(frames=6, stride_within=2, stride_between=0.5)
 CPU = torch.device("cpu")

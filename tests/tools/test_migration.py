@@ -14,10 +14,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from swiftv2.data.contents import info
 from swiftv2.data.grid import orientations
-from swiftv2.data.store import Store
-from swiftv2.data.verify import verify
+from swiftv2.data.store.contents import info
+from swiftv2.data.store.reader import Store
+from swiftv2.data.store.verify import verify
 
 nifti: Any = nib
 SPACE = "MNI152NLin6Asym"

@@ -1,0 +1,1 @@
+"""Runs into a store and out of it: each change makes one more version."""

@@ -1,0 +1,1 @@
+"""From a store to batches: which clips, in which order, scaled how."""
