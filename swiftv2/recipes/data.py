@@ -129,7 +129,10 @@ def open_data(config: PretrainConfig, run_dir: Path | None = None) -> Data:
     def censored(index: int) -> Any:
         return store.censored(index, config.clip.displacement_mm)
 
-    train, heldout = (index_clips(store.runs, config.clip, runs, allow_mixed_tr=True, censored=censored) for runs in chosen)
+    counts = None if begun is None else begun["clips"]
+    train, heldout = (
+        index_clips(store.runs, config.clip, runs, allow_mixed_tr=True, censored=censored, counts=counts) for runs in chosen
+    )
     table = RunTable(store.runs)
     mixture = Mixture.make(config.data.mixing, table.cohort_names, table.cohort[train.run])
     gone = [_withdrawn(store, clips) for clips in (train, heldout)]
