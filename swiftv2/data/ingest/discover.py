@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def discover(source: str | Path, labels: Path | Sequence[Path] | None = None) ->
             participants.tsv and sub-*_sessions.tsv count when this is None.
 
     Raises:
-        UsageError: nothing is found, or the tables cannot be read or do not fit what is found.
+        UsageError: nothing is found, a folder cannot be read, or the tables cannot be read or do not fit what is found.
     """
     root, paths = _listed(str(source))
     if not paths:
@@ -88,19 +88,59 @@ def discover(source: str | Path, labels: Path | Sequence[Path] | None = None) ->
 
 def _listed(source: str) -> tuple[Path, list[Path]]:
     """The root of a folder or glob, and the BOLD files there; links that lead nowhere count, linked folders do not."""
+    closed: set[Path] = set()
     if any(mark in source for mark in "*?["):
         fixed = source[: min(source.find(mark) for mark in "*?[" if mark in source)]
         fixed = fixed[: fixed.rfind("/") + 1]
         root = Path(fixed)
-        found: Iterable[Path] = root.glob(source[len(fixed) :]) if root.is_dir() else ()
+        found = _globbed(root, source[len(fixed) :], closed) if root.is_dir() else []
     else:
         root = Path(source)
         if not root.is_dir():
             raise UsageError(f"{source} is no folder: give a BIDS-derivatives folder or a quoted glob of NIfTI files")
-        found = (
-            Path(folder) / name for folder, _, names in os.walk(root) for name in names if stem_of(name).endswith(_PREPROCESSED)
-        )
+        found = _walked(root, closed)
+    if closed:
+        count = "1 folder" if len(closed) == 1 else f"{len(closed)} folders"
+        raise UsageError(f"{count} of {source} cannot be read, so runs would be missing unseen: ask for the right to read them")
     return root, [path for path in found if path.name.endswith(SUFFIXES) and (path.is_symlink() or path.is_file())]
+
+
+def _walked(root: Path, closed: set[Path]) -> list[Path]:
+    """Preprocessed files below a folder; folders that do not let them be found go into `closed`."""
+    found = []
+    for folder, _, names in os.walk(root, onerror=lambda error: closed.add(Path(error.filename))):
+        named = [name for name in names if stem_of(name).endswith(_PREPROCESSED)]
+        if named and not _opens(Path(folder)):
+            closed.add(Path(folder))
+        else:
+            found += [Path(folder) / name for name in named]
+    return found
+
+
+def _globbed(root: Path, pattern: str, closed: set[Path]) -> list[Path]:
+    """Files of a glob below a folder; folders that it passes over because they cannot be read go into `closed`."""
+    parts = Path(pattern).parts
+    folders = {root}
+    for length in range(1, len(parts)):
+        folders.update(root.glob("/".join(parts[:length])))
+    closed |= {folder for folder in folders if _is_folder(folder) and not _opens(folder)}
+    return [] if closed else list(root.glob(pattern))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # The folder above is closed, and counted.
+        return False
+
+
+def _opens(folder: Path) -> bool:
+    """Whether a folder can be listed, and what it holds be reached: two rights."""
+    try:
+        with os.scandir(folder):
+            return os.access(folder, os.X_OK)
+    except OSError:
+        return False
 
 
 def _tables(root: Path, labels: Path | Sequence[Path] | None) -> LabelTable:

@@ -1,5 +1,7 @@
 """Reading NIfTI as it lies on disk: stored numbers and their scale, where the voxels are, how long a volume took."""
 
+import errno
+import math
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,10 @@ _SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
 _UNSET_TR_S = (0.0, 1.0)
 """Values that tools write into the header where they do not know the repetition time."""
 _TR_TOLERANCE_S = 0.005
+MOST_FRAMES = 100_000
+"""Volumes of a run at most, 14 hours at 0.5 s: all runs share arrays that are as long as the longest one."""
+_DEFLATE_RATIO = 1032
+"""Bytes that one byte of a gzip file can stand for at most."""
 _BLOCK_BYTES = 1 << 22
 _DAMAGE = (
     EOFError,
@@ -71,11 +77,15 @@ def _refusing(what: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise RefusedError(f"{what} is missing") from error
     except _DAMAGE as error:
+        # Errors of the file system have a number, gzip's have none; a header without sense asks for places that make none.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise RefusedError(f"{what} cannot be read ({error.strerror})") from error
         raise RefusedError(f"{what} is truncated or damaged ({type(error).__name__})") from error
 
 
 def _load(path: Path, what: str) -> Any:
     with _refusing(what):
+        path.open("rb").close()  # nibabel calls a file that may not be read damaged.
         image = nib.load(path)
         if not isinstance(image, nib.Nifti1Image):
             raise RefusedError(f"{what} is not a single NIfTI file")
@@ -104,7 +114,8 @@ def read_header(path: Path) -> Header:
     """Read and check the header of a BOLD file.
 
     Raises:
-        RefusedError: unreadable, not 4-D, one frame, an unusable number type, no orientation.
+        RefusedError: unreadable, not 4-D, one frame or too many, an unusable number type, more data than the file can hold, no
+            orientation.
     """
     image = _load(path, "the file")
     shape = tuple(int(n) for n in image.shape)
@@ -114,10 +125,15 @@ def read_header(path: Path) -> Header:
         raise RefusedError("one frame only")
     if min(shape) < 1:
         raise RefusedError(f"an empty axis: shape {shape}")
+    if shape[3] > MOST_FRAMES:
+        raise RefusedError(
+            f"its header states {shape[3]} frames, more than {MOST_FRAMES}: it is damaged, or the run must be cut"
+        )
     with _refusing("the header's number type"):
         dtype = image.header.get_data_dtype()
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise RefusedError(f"number type {dtype} is not supported")
+    _check_size(path, int(image.dataobj.offset) + math.prod(shape) * dtype.itemsize)
     affine = _checked_affine(image)
     with _refusing("the header's time unit"):
         tr = _header_tr(image.header)
@@ -131,6 +147,14 @@ def read_header(path: Path) -> Header:
         orientation="".join(orientations.aff2axcodes(affine)),
         tr=tr,
     )
+
+
+def _check_size(path: Path, stated: int) -> None:
+    """Refuse a header that states more bytes than the file can hold, before anything gets the size that it states."""
+    with _refusing("the file"):
+        size = path.stat().st_size
+    if stated > size * (_DEFLATE_RATIO if path.name.endswith(".gz") else 1):
+        raise RefusedError(f"the file is truncated or its header damaged: {size} bytes cannot hold the {stated} that it states")
 
 
 def _header_tr(header: Any) -> float | None:

@@ -80,8 +80,22 @@ def take_run(
         clean: how time courses are cleaned; untouched when None.
 
     Raises:
-        RefusedError: the run cannot be taken.
+        RefusedError: the run cannot be taken, or not in the memory that is there.
     """
+    try:
+        return _take(candidate, grid, voxels, resample, keep_float, clean)
+    except MemoryError as error:
+        raise RefusedError(f"no memory for its {candidate.header.frames} frames: give the build more") from error
+
+
+def _take(
+    candidate: Candidate,
+    grid: Grid,
+    voxels: npt.NDArray[np.int32],
+    resample: bool,
+    keep_float: bool,
+    clean: CleanConfig | None,
+) -> Taken:
     source, header = candidate.source, candidate.header
     placement = _checked_placement(grid, voxels, header, resample=resample)
     bold = read_bold(source.path, header, placement)

@@ -1,6 +1,7 @@
 import json
 import shutil
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import nilearn
@@ -235,6 +236,16 @@ def taken(root: Path, clean: CleanConfig | None, *, keep_float: bool = False) ->
     grid = mni152_grid(6.0, "RAS", SPACE)
     candidate = Candidate(0, "rkey", "skey", "demo", source, read_header(source.path), TR, SPACE)
     return take_run(candidate, grid, kept_voxels(grid, "template"), keep_float=keep_float, clean=clean)
+
+
+def test_a_run_that_memory_cannot_hold_is_refused(tmp_path: Path) -> None:
+    save_run(tmp_path, "1", bold_values(0), tr=TR)
+    (source,) = discover(tmp_path).sources
+    grid = mni152_grid(6.0, "RAS", SPACE)
+    header = replace(read_header(source.path), frames=10**12)
+    candidate = Candidate(0, "rkey", "skey", "demo", source, header, TR, SPACE)
+    with pytest.raises(RefusedError, match="no memory for its 1000000000000 frames"):
+        take_run(candidate, grid, kept_voxels(grid, "template"))
 
 
 def test_a_run_is_cleaned_on_its_way_into_the_store(tmp_path: Path) -> None:

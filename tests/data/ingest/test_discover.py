@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +111,32 @@ def test_a_link_that_leads_nowhere_is_found_and_refused(tree: Path) -> None:
     assert source.size == 0
     with pytest.raises(RefusedError, match="missing"):
         read_header(source.path)
+
+
+@pytest.mark.parametrize("source", ["", "sub-*/*/func/*_bold.nii.gz", "**/*_bold.nii.gz"])
+@pytest.mark.parametrize("right", ["scandir", "access"])
+def test_folders_that_cannot_be_read_stop_the_build(
+    source: str, right: str, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for subject in "234":
+        touch(tree / f"sub-{subject}" / "ses-a" / "func" / f"{NAME.replace('sub-1', f'sub-{subject}')}.nii.gz")
+    assert len(discover(str(tree / source)).sources) == 4
+    closed = [str(tree / f"sub-{subject}" / "ses-a" / "func") for subject in "23"]
+    real = getattr(os, right)
+
+    def denying(path: object = ".", *arguments: object, **options: object) -> object:
+        """What the system does where the user is not root, whom these tests may run as."""
+        if str(path) in closed:
+            if right == "access":
+                return False
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, right, denying)
+    with pytest.raises(UsageError, match=r"2 folders of .* cannot be read") as stopped:
+        discover(str(tree / source))
+    assert "\n" not in str(stopped.value)
+    assert "sub-2" not in str(stopped.value)
 
 
 def test_sessions_tables_join(tree: Path) -> None:

@@ -1,7 +1,12 @@
+import builtins
 import contextlib
+import errno
 import gzip
+import io
+import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,6 +71,23 @@ def left_or_right(path: Path) -> Path:
     return path
 
 
+def states(frames: int, *, version: int = 1) -> Callable[[Path], Path]:
+    """A file of three volumes whose header states others."""
+
+    def make(path: Path) -> Path:
+        form = nifti.Nifti1Image if version == 1 else nifti.Nifti2Image
+        image = form(bold_values(0, frames=3), mni_affine())
+        image.set_sform(mni_affine(), code=4)
+        nifti.save(image, path)
+        packed = path.name.endswith(".gz")
+        data = bytearray(gzip.decompress(path.read_bytes()) if packed else path.read_bytes())
+        struct.pack_into("<h" if version == 1 else "<q", data, 48, frames)
+        path.write_bytes(gzip.compress(data) if packed else data)
+        return path
+
+    return make
+
+
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "half a file": (cut, "truncated or damaged"),
     "a flipped bit": (flip_a_bit, "truncated or damaged"),
@@ -88,6 +110,40 @@ def test_bad_files_are_refused_by_reason(kind: str, tmp_path: Path) -> None:
         read_all(path)
     assert "secret" not in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize(
+    ("frames", "version", "reason"),
+    [(32767, 1, "cannot hold"), (99_999, 2, "cannot hold"), (10**12, 2, "more than 100000"), (-5, 1, "one frame")],
+)
+def test_headers_that_state_more_than_the_file_holds_are_refused_unread(
+    suffix: str, frames: int, version: int, reason: str, tmp_path: Path
+) -> None:
+    path = states(frames, version=version)(tmp_path / f"run{suffix}")
+    with pytest.raises(RefusedError, match=reason):
+        read_header(path)
+
+
+def test_a_file_of_zeros_is_no_damage(tmp_path: Path) -> None:
+    save_nifti(tmp_path / "run.nii.gz", np.zeros((*SHAPE, 300), np.int16), mni_affine())
+    assert read_header(tmp_path / "run.nii.gz").frames == 300
+
+
+def test_files_that_may_not_be_read_are_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = good(tmp_path / "sub-secret_bold.nii.gz")
+    real: Any = io.open
+
+    def denying(file: object, *arguments: Any, **options: Any) -> Any:
+        """What the system does where the user is not root, whom these tests may run as."""
+        if str(file) == str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(file, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", denying)
+    monkeypatch.setattr(builtins, "open", denying)
+    with pytest.raises(RefusedError, match=r"^the file cannot be read \(Permission denied\)$"):
+        read_header(path)
 
 
 def test_missing_file_is_refused(tmp_path: Path) -> None:
@@ -136,11 +192,10 @@ def test_a_slope_of_zero_or_none_means_no_scale(
     assert (header.slope, header.intercept) == expected
 
 
-@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-def test_a_header_is_read_without_the_volumes(suffix: str, tmp_path: Path) -> None:
-    path = good(tmp_path / f"run{suffix}")
+def test_a_header_is_read_without_the_volumes(tmp_path: Path) -> None:
+    path = good(tmp_path / "run.nii.gz")
     whole = read_header(path)
-    path.write_bytes(path.read_bytes()[:40_000])  # of 490,000 (compressed 120,000)
+    path.write_bytes(path.read_bytes()[:40_000])  # of 120,000
     again = read_header(path)
     assert (again.shape, again.frames, again.dtype, again.tr) == (whole.shape, whole.frames, whole.dtype, whole.tr)
     with pytest.raises(RefusedError, match="truncated"):
