@@ -19,7 +19,15 @@ import numpy as np
 from swiftv2.data.changes.plan import Inspected, Inspector, Plan, Refused, make_plan, reasons
 from swiftv2.data.changes.publish import BuildReport, Job, commit, report_of, subjects_of, write_report
 from swiftv2.data.changes.tally import Progress, Tally
-from swiftv2.data.changes.versions import alone_in, make_staging, remove_former, remove_staging, settle
+from swiftv2.data.changes.versions import (
+    alone_in,
+    changed,
+    check_unchanged,
+    make_staging,
+    remove_former,
+    remove_staging,
+    settle,
+)
 from swiftv2.data.ingest.nifti import RefusedError
 from swiftv2.data.ingest.run import Candidate, Taken, stage, stage_refusal, take_run
 from swiftv2.data.ranks import Communicator, each, on_first, share, together
@@ -69,7 +77,11 @@ def _plan(job: Job, inspected: list[Inspected]) -> Plan:
 
 def _no_candidate(job: Job, plan: Plan) -> BuildReport:
     if layout.unfinished(job.store) is None:
-        write_report(job, plan, [], list(plan.refused))
+        make_staging(job.store, layout.STAGING)
+        with alone_in(job.store, layout.STAGING):
+            _check_current(job)
+            write_report(job, plan, [], list(plan.refused))
+            remove_staging(job.store, layout.STAGING)
     return _nothing(job, plan, plan.refused)
 
 
@@ -106,10 +118,10 @@ def _begin(job: Job, plan: Plan, held: contextlib.ExitStack) -> tuple[set[int], 
             _check_new(job.store)
         make_staging(job.store, layout.STAGING)
     held.enter_context(alone_in(job.store, layout.STAGING))
+    _check_current(job)
     if not kept.is_file():
         _clear_staging(job)
         if job.base is not None:
-            _check_alone(job)
             settle(job.store)  # An append that was given up may have left something.
         write_file(kept, json.dumps(state), layout.PRIVATE)
     elif json.loads(kept.read_text(encoding="utf-8")) != state:
@@ -142,11 +154,29 @@ def _check_new(store: Path) -> None:
         raise UsageError(f"{store} exists and is no store: give a new folder")
 
 
-def _check_alone(job: Job) -> None:
-    """Both kinds of change make their folder first and then look for the other's: at least one of two sees the other."""
+def _check_current(job: Job) -> None:
+    """See under the lock that no other change is at work or came between reading the store and this.
+
+    Both kinds of change make their folder first and then look for the other's: at least one of two sees the other.
+
+    Raises:
+        SwiftError: there is one; nothing is left of this change but what an attempt before it had left.
+    """
+    try:
+        _see_no_other(job)
+    except SwiftError:
+        if not (job.staging / layout.PLAN_FILE).is_file():
+            remove_staging(job.store, layout.STAGING)
+        raise
+
+
+def _see_no_other(job: Job) -> None:
     if (job.store / layout.DROPPING).is_dir():
-        remove_staging(job.store, layout.STAGING)
         raise SwiftError(f"{job.store} is being changed by another process: let it end, or stop it first")
+    if job.base is not None:
+        check_unchanged(job.base)
+    elif layout.is_complete(job.store):
+        raise changed(job.store)
 
 
 def _clear_staging(job: Job) -> None:

@@ -184,18 +184,20 @@ def drop(store: Path, withdrawal: Withdrawal, users: Iterable[dict[str, Any]] = 
         raise UsageError(
             f"{store}: an append is unfinished: give it again and then this, or give it up by removing {store / layout.STAGING}"
         )
-    base = read_base(store)
-    report = _report(base, keys, withdrawal, listed or former)
+    layout.read_attributes(store)
     with writing(store, "drop"):
-        if report.runs:
-            make_staging(store, layout.DROPPING)
-            with alone_in(store, layout.DROPPING):
-                _check_alone(store)
-                plan = {"version": base.version + 1, "subjects": sorted(report.subjects), "users": list(listed)}
+        make_staging(store, layout.DROPPING)
+        with alone_in(store, layout.DROPPING):
+            _check_alone(store)
+            base = read_base(store)
+            report = _report(base, keys, withdrawal, listed or former)
+            if report.runs:
+                report = replace(report, version=base.version + 1)
+                plan = {"version": report.version, "subjects": sorted(report.subjects), "users": list(listed)}
                 write_file(store / layout.DROPPING / layout.PLAN_FILE, json.dumps(plan), layout.PRIVATE)
                 _carry_out(store, plan)
-            report = replace(report, version=base.version + 1)
-        prune_report(store, frozenset(keys))  # Subjects whose runs were all refused stand nowhere else.
+            prune_report(store, frozenset(keys))  # Subjects whose runs were all refused stand nowhere else.
+            remove_staging(store, layout.DROPPING)
     return report
 
 
@@ -245,7 +247,8 @@ def _carry_out(store: Path, plan: dict[str, Any]) -> None:
     """Commit the tombstones, then remove the data; every step may be done again."""
     base, version, subjects = read_base(store), int(plan["version"]), frozenset(plan["subjects"])
     gone = [run.key for run in base.runs if run.subject in subjects]
-    if base.version < version:
+    if any(run.present and run.subject in subjects for run in base.runs):
+        version = base.version + 1
         runs = tuple(tombstone(run, version) if run.subject in subjects and run.present else run for run in base.runs)
         index = encode_runs(runs)
         write_file(store / layout.index_name(version), index)
@@ -254,6 +257,8 @@ def _carry_out(store: Path, plan: dict[str, Any]) -> None:
     lines.append({"version": version, "subjects": sorted(subjects), "runs": gone, "users": plan["users"]})
     write_lines(store / layout.WITHDRAWALS_FILE, lines)
     settle(store)
+    if any(run.present and run.subject in subjects for run in read_base(store).runs):
+        raise SwiftError(f"{store}: runs of the list are there again, by another process: give `swiftv2 store drop` again")
     remove_staging(store, layout.DROPPING)
 
 

@@ -12,7 +12,16 @@ from typing import Any, TypeVar
 
 from swiftv2 import __version__
 from swiftv2.data.changes.plan import WITHDRAWN, Options, Plan, Refused
-from swiftv2.data.changes.versions import Base, encode_runs, read_lines, read_subjects, write_lines, write_subjects, writing
+from swiftv2.data.changes.versions import (
+    Base,
+    check_unchanged,
+    encode_runs,
+    read_lines,
+    read_subjects,
+    write_lines,
+    write_subjects,
+    writing,
+)
 from swiftv2.data.ingest.discover import Discovery
 from swiftv2.data.keys import salt_id, subject_key
 from swiftv2.data.labels import LabelRow, merge
@@ -133,6 +142,8 @@ def write_report(job: Job, plan: Plan, runs: list[Run], refused: list[Refused]) 
 def commit(job: Job, plan: Plan, runs: tuple[Run, ...], refused: tuple[Refused, ...]) -> None:
     """Write index and ids, then the group's metadata: from here on the store is of the new version."""
     former = job.base.attributes if job.base is not None else None
+    if job.base is not None:
+        check_unchanged(job.base)  # Again: not every file system has locks.
     lines = runs if job.base is None else (*job.base.runs, *runs)
     index = encode_runs(lines)
     write_file(job.store / layout.index_name(plan.version), index)

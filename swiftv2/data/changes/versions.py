@@ -87,6 +87,22 @@ def read_base(store: Path) -> Base:
     return Base(store, *read_index(store))
 
 
+def check_unchanged(base: Base) -> None:
+    """See that a version is the newest still; whoever is alone in the folder calls this before changing anything.
+
+    Raises:
+        SwiftError: another process has changed the store since the version was read.
+    """
+    now = layout.read_attributes(base.store)
+    if any(now[name] != base.attributes[name] for name in ("version", "runs_sha256")):
+        raise changed(base.store)
+
+
+def changed(store: Path) -> SwiftError:
+    """The error of a change that was planned on what the store no longer is."""
+    return SwiftError(f"{store} was changed meanwhile by another process: give the command again")
+
+
 def encode_runs(runs: tuple[Run, ...]) -> bytes:
     """The bytes of a run index."""
     return "".join(json.dumps(run.to_json()) + "\n" for run in runs).encode()
@@ -135,9 +151,20 @@ def alone_in(store: Path, staging: str) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
                 raise
+        _check_own(descriptor, store, staging)
         yield
     finally:
         os.close(descriptor)
+
+
+def _check_own(descriptor: int, store: Path, staging: str) -> None:
+    """Refuse a lock whose file another process removed with its folder: it keeps nobody out."""
+    try:
+        same = os.path.samestat(os.fstat(descriptor), (store / staging / "lock").stat())
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise changed(store)
 
 
 @contextlib.contextmanager
@@ -174,7 +201,11 @@ def remove_staging(store: Path, staging: str) -> None:
             path.unlink()
     for path in last:
         path.unlink(missing_ok=True)
-    folder.rmdir()
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:  # Another process has made its lock there: the folder is its own by now.
+            raise
     sync(store)
 
 
