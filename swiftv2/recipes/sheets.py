@@ -34,7 +34,7 @@ OUTLIER_Z = 4.0
 FEWEST_RUNS = 5
 """Runs below which no run is told to lie far from the others."""
 FEWEST_SUBJECTS = 5
-"""Real subjects below which a group mean would show single brains."""
+"""Real subjects below which a group mean would show single brains: at all, and at a voxel."""
 _BLOCK_FRAMES = 32
 _HISTOGRAM_FRAMES = 20
 _BINS = 80
@@ -94,7 +94,7 @@ def draw_sheets(
             progress(gathered, total)
 
     cohorts: dict[str, _Cohort] = {}
-    for index in present:
+    for index in sorted(present, key=lambda i: opened.runs[i].subject):
         run = opened.runs[index]
         cohorts.setdefault(run.cohort, _Cohort(run.cohort, len(opened.voxels))).add(opened, index)
         tell()
@@ -133,7 +133,12 @@ def _write_pdf(path: Path, sheets: Iterator[CohortSheet | RunSheet], mode: int) 
 
 @dataclass
 class _Cohort:
-    """Sums over the runs of a cohort."""
+    """Sums over the runs of a cohort, which come subject by subject.
+
+    Attributes:
+        subjects: keys of those whose runs are in the maps.
+        people: how many of them are, at each voxel (V,).
+    """
 
     name: str
     voxels: int
@@ -144,13 +149,13 @@ class _Cohort:
 
     def __post_init__(self) -> None:
         self.mean, self.tsnr = np.zeros(self.voxels), np.zeros(self.voxels)
-        self.count = np.zeros(self.voxels)
+        self.count, self.people = np.zeros(self.voxels), np.zeros(self.voxels, dtype=np.int64)
+        self._of_subject = np.zeros(self.voxels, dtype=np.bool_)
 
     def add(self, store: Store, index: int) -> None:
         run, brain = store.runs[index], store.brain(index)
         mean, tsnr = _maps(store, index)
         self.keys.append(run.key)
-        self.subjects.add(run.subject)
         self.values.append(_measures(store, index, tsnr))
         if tsnr is None:
             self.cleaned += 1
@@ -161,6 +166,11 @@ class _Cohort:
         self.mean[known] += mean[known] / level
         self.tsnr[known] += tsnr[known]
         self.count += known
+        if run.subject not in self.subjects:
+            self.subjects.add(run.subject)
+            self._of_subject[:] = False
+        self.people += known & ~self._of_subject
+        self._of_subject |= known
 
     def column(self, measure: str) -> Floats:
         return np.array([values[measure] for values in self.values], dtype=np.float64)
@@ -180,13 +190,15 @@ class _Cohort:
         shown = drawn or len(self.subjects) >= FEWEST_SUBJECTS
         if not shown:
             remarks.append(f"no group maps: a mean over fewer than {FEWEST_SUBJECTS} real subjects shows single brains")
+        elif not drawn:
+            remarks.append(f"voxels of fewer than {FEWEST_SUBJECTS} subjects are left out of the maps")
         if self.cleaned:
             remarks.append(f"{self.cleaned} runs whose voxel means were removed are not in the maps")
         if not drawn:
             remarks.append("single runs are not drawn: the data are not generated, and nobody asked for --individuals")
         mean = tsnr = None
-        if shown and self.count.any():
-            somewhere = self.count > 0
+        somewhere = self.people >= (1 if drawn else FEWEST_SUBJECTS)
+        if shown and somewhere.any():
             with np.errstate(invalid="ignore"):
                 mean, tsnr = (cut(store.grid, store.voxels, sums / self.count, somewhere) for sums in (self.mean, self.tsnr))
         runs = [run for run in store.runs if run.cohort == self.name and run.present]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from swiftv2.data.grid import mni152_grid
 from swiftv2.data.store import layout
 from swiftv2.data.store.reader import Store
 from swiftv2.errors import SwiftError, UsageError
-from swiftv2.recipes.sheets import FEWEST_SUBJECTS, MEASURES, cut, draw_sheets, robust_z
+from swiftv2.recipes.sheets import FEWEST_SUBJECTS, MEASURES, _Cohort, cut, draw_sheets, robust_z
 
 nib: Any = nibabel
 FRAMES = 12
@@ -92,6 +93,53 @@ def test_a_group_of_few_real_subjects_has_no_mean_image(stores: dict[str, Path],
     assert len(Store.open(stores["few"]).subject_keys) < FEWEST_SUBJECTS
     pictures = [pdf.read_bytes().count(b"/Subtype /Image") for pdf in (large.pdf, small.pdf)]
     assert pictures[0] >= 6 > pictures[1]
+
+
+def gathered(store: Path, people: dict[str, str], regions: dict[str, NDArray[np.bool_]], cleaned: set[str]) -> _Cohort:
+    """A cohort whose runs (name: subject) have brains of our choice, as the store's reader would give them."""
+    opened = Store.open(store)
+    (real, *_), voxels = opened.runs, len(opened.voxels)
+    opened.runs = tuple(replace(real, key=name, subject=people[name], cleaned=name in cleaned) for name in people)
+    names = list(people)
+    rows: dict[str, NDArray[Any]] = {
+        "voxel_mean": np.full(voxels, 5.0, np.float32),
+        "voxel_std": np.full(voxels, 2.0, np.float32),
+    }
+    rows |= {f"brain of {name}": region for name, region in regions.items()}
+    replaced: Any = opened
+    replaced._present = lambda index, name: rows[f"brain of {names[index]}" if name == "brain" else name]
+    cohort = _Cohort("demo", voxels)
+    for index in range(len(names)):
+        cohort.add(opened, index)
+    return cohort
+
+
+def test_who_gives_nothing_to_a_map_does_not_hide_who_does(stores: dict[str, Path]) -> None:
+    """Five subjects, four of whose runs have no means: the map would be the fifth one's brain."""
+    store = Store.open(stores["real"])
+    everywhere = np.ones(len(store.voxels), dtype=bool)
+    people = {f"r{number}": f"s{number}" for number in range(5)}
+    regions = dict.fromkeys(people, everywhere)
+    hidden = gathered(stores["real"], people, regions, {"r1", "r2", "r3", "r4"}).sheet(store, drawn=False)
+    assert (hidden.mean, hidden.tsnr) == (None, None)
+    assert gathered(stores["real"], people, regions, set()).sheet(store, drawn=False).mean is not None
+
+
+def test_voxels_of_few_subjects_are_no_part_of_public_maps(stores: dict[str, Path]) -> None:
+    store = Store.open(stores["real"])
+    everywhere = np.ones(len(store.voxels), dtype=bool)
+    half = np.arange(len(everywhere)) < len(everywhere) // 2
+    # Two runs of one subject reach the other half: two of one and four more are five subjects here, and six runs.
+    people = {f"r{number}": f"s{number // 2}" if number < 2 else f"s{number}" for number in range(6)}
+    regions = {name: everywhere if int(name[1:]) < 5 else half for name in people}
+    cohort = gathered(stores["real"], people, regions, set())
+    np.testing.assert_array_equal(cohort.people, np.where(half, 5, 4))
+    np.testing.assert_array_equal(cohort.count, np.where(half, 6, 5))
+    public, private = (cohort.sheet(store, drawn=drawn).mean for drawn in (False, True))
+    assert public is not None
+    assert private is not None
+    shown = [sum(int(np.isfinite(picture).sum()) for picture in slices.pictures.values()) for slices in (public, private)]
+    assert shown[0] < shown[1]
 
 
 def test_the_table_measures_what_the_files_held(stores: dict[str, Path], tmp_path: Path) -> None:
