@@ -7,6 +7,7 @@ The group's metadata come last: until then readers see the version before.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterable
@@ -32,9 +33,8 @@ from swiftv2.data.ingest.nifti import RefusedError
 from swiftv2.data.ingest.run import Candidate, Taken, stage, stage_refusal, take_run
 from swiftv2.data.ranks import Communicator, each, on_first, share, together
 from swiftv2.data.store import layout
-from swiftv2.data.store.reader import Run
-from swiftv2.data.store.shards import ChunkError, OpenShards, ShardedArray
-from swiftv2.errors import SwiftError, UsageError
+from swiftv2.data.store.reader import Run, Store
+from swiftv2.errors import DamagedError, SwiftError, UsageError
 from swiftv2.files import sync, write_file
 
 
@@ -311,34 +311,60 @@ def _stage_small(job: Job, plan: Plan) -> None:
             shutil.copy(place / "zarr.json", staged / "zarr.json")
             layout.set_shape(staged, shape)
         write_file(place / "zarr.json", (staged / "zarr.json").read_bytes())
+        # Whole shards are written without a copy of their rows.
+        width = layout.rows_of_shard(staged)
+        layout.set_shape(staged, (-(-plan.rows // width) * width, shape[1]))
 
 
 def _assemble(job: Job, plan: Plan, runs: tuple[Run, ...], ranks: Communicator) -> None:
-    """Write the shared shards of the small arrays, each by one rank, one array and 64 runs at a time.
+    """Write the shared shards of the small arrays, each by one rank, one array and one shard at a time.
 
     The first of them may hold runs of the former version: their rows are written again with the new ones beside them.
     """
-    new = {run.row for run in runs}
-    old = set() if job.base is None else {run.row for run in job.base.runs if run.present}
-    width = layout.ROWS_PER_SHARD
+    new, old = {run.row: run for run in runs}, _OldRows(job)
+    width = layout.rows_of_shard(job.small / layout.SMALL_ARRAYS[0].name)
     for shard in range(plan.first // width + ranks.rank, -(-plan.rows // width), ranks.size):
-        first, last = shard * width, min((shard + 1) * width, plan.rows)
+        first = shard * width
         for small in layout.SMALL_ARRAYS:
-            rows = {row: _old_row(job, small.name, row) for row in range(first, last) if row in old}
-            for row in range(first, last):
-                if row in new:
-                    with np.load(job.rows / f"{row}.npz") as content:
-                        rows |= {row: content[small.name]} if small.name in content else {}
-            layout.write_rows(job.small, job.store, small, first, last, rows)
+            kept = ((row, content) for row in range(first, plan.first) if (content := old.read(small.name, row)) is not None)
+            staged = (
+                (row, content) for row in range(first, first + width) if row in new for content in _staged(job, row, small)
+            )
+            layout.write_rows(job.small, job.store, small, first, itertools.chain(kept, staged))
 
 
-def _old_row(job: Job, name: str, row: int) -> layout.AnyArray:
-    try:
-        return ShardedArray(job.store / name, OpenShards()).read_row(row)
-    except ChunkError as error:
-        raise SwiftError(
-            f"store {job.store}: row {row} of {name} cannot be read ({error}): restore {name} from a copy, then append again"
-        ) from error
+def _staged(job: Job, row: int, small: layout.Small) -> list[layout.AnyArray]:
+    with np.load(job.rows / f"{row}.npz") as content:
+        return [content[small.name]] if small.name in content else []
+
+
+class _OldRows:
+    """Rows of the former version's runs, none of them taken for empty because its file is not there."""
+
+    def __init__(self, job: Job) -> None:
+        self._store = Store.open(job.store) if job.base is not None else None
+        runs = () if self._store is None else self._store.runs
+        self._places = {run.row: place for place, run in enumerate(runs) if run.present}
+
+    def read(self, name: str, row: int) -> layout.AnyArray | None:
+        """A row of a small array; None where the run has nothing there.
+
+        Raises:
+            DamagedError: it cannot be read, or is not there though the run has it.
+        """
+        place = self._places.get(row)
+        if self._store is None or place is None:
+            return None
+        try:
+            if name in ("framewise_displacement", "censored", "non_steady_state"):
+                return self._store.frame_values(name, place)
+            read = {"brain": self._store.brain, "voxel_mean": self._store.voxel_mean, "voxel_std": self._store.voxel_std}
+            return read[name](place)
+        except DamagedError as error:
+            raise DamagedError(
+                f"store {self._store.path}: row {row} of {name} cannot be read or is lost: restore {name} from a copy, then "
+                "append again; `swiftv2 store verify` lists all that is damaged"
+            ) from error
 
 
 def _clear(job: Job, candidates: tuple[Candidate, ...]) -> None:

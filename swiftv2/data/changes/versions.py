@@ -285,11 +285,11 @@ def _settle_small(base: Base) -> None:
     for small in layout.SMALL_ARRAYS:
         folder = base.store / small.name
         extent = base.frames if small.axis == "frame" else _width(folder)
-        chunk = json.loads((folder / "zarr.json").read_bytes())["chunk_grid"]["configuration"]["chunk_shape"][1]
+        width, chunk = json.loads((folder / "zarr.json").read_bytes())["chunk_grid"]["configuration"]["chunk_shape"]
         for path in sorted(folder.glob("c.*")):
             shard, column = (int(number) for number in path.name.split(".")[1:])
-            first, there = shard * layout.ROWS_PER_SHARD, column * int(chunk) < extent
-            kept = {row for row in range(layout.ROWS_PER_SHARD) if there and first + row in present}
+            first, there = shard * int(width), column * int(chunk) < extent
+            kept = {row for row in range(int(width)) if there and first + row in present}
             try:
                 layout.keep_rows(path, kept)
             except SwiftError as error:

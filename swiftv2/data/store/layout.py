@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,8 @@ CHUNK_FRAMES = 2
 BLOCK_BYTES = 1 << 15
 """What blosc is asked to compress at a time; it takes twice as much of 2-byte numbers. With blocks of its own choice it leaves
 the bits of a last block unshuffled whose bytes are no multiple of 16, and that may be much of a small chunk."""
-ROWS_PER_SHARD = 64
-"""Runs that share one file of each small array."""
+ROWS_PER_SHARD = 256
+"""Runs that share one file of each small array of a new store: so few files that a training keeps all of them open."""
 SHARD_BYTES = 1 << 30
 """Uncompressed bytes of a shard at most: longer runs take several, so that the memory of a writer stays bounded."""
 UNKNOWN = 255
@@ -121,7 +121,7 @@ def create_bold(
 
 
 def create_small(folder: Path, small: Small, shape: tuple[int, int], width: int, compression: Compression) -> None:
-    """Write the metadata of a small array: (rows, V) or (rows, frames), a shard every 64 rows, a chunk a row.
+    """Write the metadata of a small array: (rows, V) or (rows, frames), a shard every `ROWS_PER_SHARD` rows, a chunk a row.
 
     Args:
         folder: what holds the array.
@@ -140,6 +140,11 @@ def set_shape(array: Path, shape: tuple[int, ...]) -> None:
     metadata = json.loads(path.read_bytes())
     if tuple(metadata["shape"]) != shape:
         write_file(path, json.dumps(metadata | {"shape": list(shape)}, indent=2))
+
+
+def rows_of_shard(array: Path) -> int:
+    """Runs that share a file of a small array, as its metadata say."""
+    return int(json.loads((array / "zarr.json").read_bytes())["chunk_grid"]["configuration"]["chunk_shape"][0])
 
 
 def bold_shards(store: Path, dtype: str, row: int) -> list[Path]:
@@ -173,24 +178,25 @@ def create_voxels(store: Path, voxels: npt.NDArray[np.int32], compression: Compr
     array[:] = voxels
 
 
-def write_rows(staging: Path, store: Path, small: Small, first: int, last: int, rows: Mapping[int, AnyArray]) -> None:
-    """Write the rows first .. last of a small array, which are one shard, and put the file in its place whole.
+def write_rows(staging: Path, store: Path, small: Small, first: int, rows: Iterable[tuple[int, AnyArray]]) -> None:
+    """Write one shard of a small array, and put the file in its place whole.
 
     Args:
-        staging: folder that holds the array's metadata and takes the new file first.
+        staging: folder that holds the array's metadata, with room for the whole shard, and takes the new file first.
         store: folder of the store.
         small: which array.
-        first: first row, a multiple of `ROWS_PER_SHARD`.
-        last: row behind the last one.
-        rows: what rows hold; the others, and what lies behind a short one's end, get the fill value.
+        first: first row of the shard.
+        rows: numbers and content of rows, taken one by one; the others, and what lies behind a short one's end, get the
+            fill value.
     """
     folder = staging / small.name
     array: Any = zarr.open_array(LocalStore(folder), mode="r+")
-    values = np.full((last - first, array.shape[1]), small.fill, dtype=small.dtype)
-    for row, content in rows.items():
+    width = int(array.shards[0])
+    values = np.full((width, array.shape[1]), small.fill, dtype=small.dtype)
+    for row, content in rows:
         values[row - first, : len(content)] = content
-    array[first:last] = values
-    for path in sorted(folder.glob(f"c.{first // ROWS_PER_SHARD}.*")):
+    array[first : first + width] = values
+    for path in sorted(folder.glob(f"c.{first // width}.*")):
         sync(path)
         path.replace(store / small.name / path.name)
     sync(store / small.name)
@@ -208,7 +214,8 @@ def keep_rows(shard: Path, keep: Set[int]) -> None:
     Raises:
         SwiftError: the shard's own index is damaged.
     """
-    length = 16 * ROWS_PER_SHARD + 4
+    rows = rows_of_shard(shard.parent)
+    length = 16 * rows + 4
     with shard.open("rb") as stream:
         size = shard.stat().st_size
         stream.seek(max(0, size - length))
@@ -222,7 +229,7 @@ def keep_rows(shard: Path, keep: Set[int]) -> None:
         kept = [(place, row) for place, row in there if row in keep]
         if len(kept) == len(there):
             return
-        content, places = bytearray(), [_ABSENT] * ROWS_PER_SHARD
+        content, places = bytearray(), [_ABSENT] * rows
         for (offset, count), row in kept:
             stream.seek(offset)
             places[row] = (len(content), count)

@@ -17,7 +17,7 @@ from swiftv2.data.store import layout
 from swiftv2.data.store.contents import info
 from swiftv2.data.store.reader import Store
 from swiftv2.data.store.verify import verify
-from swiftv2.errors import SwiftError, UsageError
+from swiftv2.errors import DamagedError, SwiftError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +252,30 @@ def test_a_damaged_row_beside_the_new_ones_is_named(sources: Path, store: Path) 
     with pytest.raises(SwiftError, match="of voxel_mean cannot be read"):
         append_tiny(sources / "two", store)
     assert shard.read_bytes() == bytes(data)
+
+
+@pytest.mark.parametrize("name", ["brain", "voxel_mean", "voxel_std", "framewise_displacement", "censored"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_lost_row_beside_the_new_ones_is_not_taken_for_empty(name: str, whole: bool, sources: Path, store: Path) -> None:
+    shard = store / name / "c.0.0"
+    if whole:
+        shard.unlink()
+    else:
+        layout.keep_rows(shard, {next(run.row for run in Store.open(store).runs if not run.confounds)})
+    with pytest.raises(DamagedError, match=f"of {name} cannot be read or is lost: restore {name} from a copy, then append"):
+        append_tiny(sources / "two", store)
+    assert Store.open(store).version == 1
+
+
+def test_stores_of_fewer_runs_a_shard_stay_as_they_are(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "ROWS_PER_SHARD", 2)
+    build_tiny(sources / "one", tmp_path / "store")
+    monkeypatch.undo()
+    before = everything(tmp_path / "store")
+    append_tiny(sources / "two", tmp_path / "store")
+    after = everything(tmp_path / "store")
+    assert_same({key: after[key] for key in before}, before)
+    assert sorted(path.name for path in (tmp_path / "store" / "brain").glob("c.*")) == ["c.0.0", "c.1.0", "c.2.0"]
 
 
 def test_nothing_to_append_to(sources: Path, tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_damage_elsewhere_does_not_hinder_it(store: Path) -> None:
     other = opened.runs[0 if index else 1]
     shard = store / "voxel_mean" / "c.0.0"
     data = bytearray(shard.read_bytes())
-    table = struct.unpack("<128Q", data[-1028:-4])
+    table = struct.unpack(f"<{2 * layout.ROWS_PER_SHARD}Q", data[-16 * layout.ROWS_PER_SHARD - 4 : -4])
     data[table[2 * other.row] + 30] ^= 1
     shard.write_bytes(bytes(data))
     index_damaged = store / "voxel_std" / "c.0.0"

@@ -45,7 +45,7 @@ def test_a_reader_can_be_written_from_the_documentation(tmp_path: Path) -> None:
     voxels = len(store.voxels)
     kept = blosc.decompress(checked((folder / "voxels" / "c.0").read_bytes()))
     np.testing.assert_array_equal(np.frombuffer(kept, dtype="<i4"), store.voxels)
-    means = read_shard(folder / "voxel_mean" / "c.0.0", 64)
+    means = read_shard(folder / "voxel_mean" / "c.0.0", 256)
     for index, line in enumerate((folder / "runs.jsonl").read_text().splitlines()):
         run = json.loads(line)
         chunks = read_shard(folder / "bold" / run["dtype"] / f"c.{run['row']}.0.0", 14)
