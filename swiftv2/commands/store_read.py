@@ -117,6 +117,8 @@ def _store_verify(arguments: argparse.Namespace) -> int:
             raise
     if ranks.rank == 0:
         values = {"ok": report.ok, "runs": report.runs, "bytes": report.bytes, "bad": [list(pair) for pair in report.bad]}
+        values["notes"] = list(report.notes)
         head = f"{arguments.store}: {report.runs} runs, {report.bytes / 1e6:.1f} MB read, {len(report.bad)} problems"
-        answer(values, head, *(f"{key}: {problem}" for key, problem in report.bad), as_json=arguments.json)
+        lines = [*(f"{key}: {problem}" for key, problem in report.bad), *(f"note: {note}" for note in report.notes)]
+        answer(values, head, *lines, as_json=arguments.json)
     return 0 if report.ok else FAILED

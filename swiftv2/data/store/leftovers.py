@@ -1,20 +1,23 @@
-"""What should not be in a store: data of withdrawn runs, staging folders, files that the format does not know."""
+"""What should not be in a store: data of withdrawn runs, staging folders, unknown files, ids that fit no run."""
 
-import contextlib
+import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import zarr
 from zarr.storage import LocalStore
 
+from swiftv2.data.keys import salt_id, subject_key
 from swiftv2.data.store import layout
 from swiftv2.data.store.reader import Run, Store
 
 _PRIVATE = (layout.SUBJECTS_FILE, layout.REPORT_FILE, layout.WITHDRAWALS_FILE)
 _SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")
 _SHOWN = 5
+Problem = tuple[str, str]
+"""Pseudonymous key of a run, or `store`; what is wrong."""
 
 
 def index_problems(run: Run, version: int) -> Iterator[str]:
@@ -38,7 +41,7 @@ def index_problems(run: Run, version: int) -> Iterator[str]:
         yield "its line of the index is of a later version than the store"
 
 
-def folder_problems(store: Store) -> Iterator[tuple[str, str]]:
+def folder_problems(store: Store) -> Iterator[Problem]:
     """What the folder holds that it should not: (pseudonymous key of a run, or `store`; what is wrong)."""
     withdrawn = {run.row: run for run in store.runs if run.withdrawn}
     lengths = {dtype: _open(store, f"bold/{dtype}").shards[1] for dtype in {run.dtype for run in store.runs if run.present}}
@@ -69,7 +72,6 @@ def folder_problems(store: Store) -> Iterator[tuple[str, str]]:
         shown = ", ".join(names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")
         where = "" if folder == "." else f" in {folder}"
         yield "store", f"{len(names)} files{where} are no part of the store ({shown}): move them away"
-    yield from _private_problems(store, withdrawn)
 
 
 def _open(store: Store, name: str) -> Any:
@@ -94,25 +96,79 @@ def _known(store: Store, relative: str, shards: int) -> bool:
     return small[3] is None or int(small[3]) < shards
 
 
-def _private_problems(store: Store, withdrawn: dict[int, Run]) -> Iterator[tuple[str, str]]:
-    """The files of ids: open to others, or naming withdrawn subjects; not looked into by who may not read them."""
+def private_problems(store: Store) -> tuple[list[Problem], list[str]]:
+    """What is wrong with the files of ids, and which of them this user may not read: that is no fault of theirs.
+
+    Returns:
+        (Pseudonymous key of a run, or `store`; what is wrong), and a line for each file that was not looked into.
+    """
+    problems: list[Problem] = []
+    notes = []
     for name in _PRIVATE:
         path = store.path / name
-        if path.exists() and path.stat().st_mode & 0o077:
-            yield "store", f"{name} holds ids and is open to others: chmod 600"
-    present = {run.subject for run in store.runs if run.present}
-    gone = {run.subject for run in withdrawn.values()} - present
-    with contextlib.suppress(OSError):
-        content = (store.path / layout.SUBJECTS_FILE).read_text(encoding="utf-8")
-        for run in withdrawn.values():
-            if run.subject in gone and f'"{run.subject}"' in content:
-                yield run.key, _named(layout.SUBJECTS_FILE)
-    with contextlib.suppress(OSError):
-        content = (store.path / layout.REPORT_FILE).read_text(encoding="utf-8")
-        for run in withdrawn.values():
-            if f'"{run.key}"' in content:
-                yield run.key, _named(layout.REPORT_FILE)
+        try:
+            if path.stat().st_mode & 0o077:
+                problems.append(("store", f"{name} holds ids and is open to others: chmod 600"))
+            content = path.read_bytes()
+        except FileNotFoundError:
+            if name == layout.SUBJECTS_FILE:  # The others may be removed, or were never needed.
+                problems.append(
+                    ("store", f"{name} is missing: restore it from a copy, nothing else tells ids, labels and salt")
+                )
+            continue
+        except PermissionError:
+            notes.append(f"{name} was not checked: only the store's owner may read it")
+            continue
+        problems += _still_named(store, name, content)
+        found = _subject_problems(store, content) if name == layout.SUBJECTS_FILE else _line_problems(content)
+        problems += [("store", f"{name}: {problem}") for problem in found]
+    return problems, notes
 
 
-def _named(name: str) -> str:
-    return f"withdrawn, but {name} still tells its subject: give `swiftv2 store drop` again"
+def _still_named(store: Store, name: str, content: bytes) -> Iterator[Problem]:
+    """Withdrawn runs that a file of ids tells of; the list of withdrawals is there to do so."""
+    if name == layout.WITHDRAWALS_FILE:
+        return
+    present = set(store.subject_keys)
+    for run in store.runs:
+        key = run.key if name == layout.REPORT_FILE else run.subject
+        named = run.withdrawn and (name == layout.REPORT_FILE or run.subject not in present)
+        if named and f'"{key}"'.encode() in content:
+            yield run.key, f"withdrawn, but {name} still tells its subject: give `swiftv2 store drop` again"
+
+
+def _line_problems(content: bytes) -> Iterator[str]:
+    try:
+        sound = all(isinstance(json.loads(line), dict) for line in content.splitlines())
+    except ValueError:
+        sound = False
+    if not sound:
+        yield "a line of it is no JSON object: restore it from a copy"
+
+
+def _subject_problems(store: Store, content: bytes) -> Iterator[str]:
+    """What in the file of ids is damaged or does not fit the index."""
+    try:
+        told = json.loads(content)
+        salt = str(told["salt"])
+        ids = {str(key): (str(one["cohort"]), str(one["id"])) for key, one in told["subjects"].items()}
+        labelled = [str(one["subject"]) for one in told["labels"]]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        yield "no salt, subjects and labels can be read from it: restore it from a copy"
+        return
+    if salt_id(salt) != store.attributes["salt_id"]:
+        yield "its salt is not the one of the store's keys: restore it from a copy"
+        return
+    present = set(store.subject_keys)
+    # Of withdrawn subjects their runs tell; an append that is not finished has its new subjects here already.
+    known = present | {run.subject for run in store.runs}
+    foreign = set() if layout.unfinished(store.path) == "append" else (ids.keys() | set(labelled)) - known
+    yield from _told("have no id in it", present - ids.keys())
+    yield from _told("have an id that does not give their key", {key for key in ids if subject_key(salt, *ids[key]) != key})
+    yield from _told("are named in it and have no run", foreign)
+
+
+def _told(what: str, keys: Set[str]) -> Iterator[str]:
+    if keys:
+        shown = ", ".join(sorted(keys)[:_SHOWN]) + (" ..." if len(keys) > _SHOWN else "")
+        yield f"{len(keys)} subjects {what} ({shown}): restore it from a copy"

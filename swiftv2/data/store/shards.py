@@ -41,6 +41,26 @@ class ChunkError(Exception):
         self.first, self.stop = first, stop
 
 
+def read_shard_index(descriptor: int, size: int, chunks: int) -> list[tuple[int, int]]:
+    """Offset and length of each chunk of a shard file, `ABSENT` both where it is not written.
+
+    Args:
+        descriptor: of the open file.
+        size: of the file, bytes.
+        chunks: in the shard.
+
+    Raises:
+        ChunkError: too short, or the checksum of the index fails.
+        OSError: the file system does not give it.
+    """
+    length = chunks * _ENTRY_BYTES + _CHECKSUM_BYTES
+    data = os.pread(descriptor, length, max(size - length, 0))
+    if len(data) != length or not _sound(memoryview(data)):
+        raise ChunkError("its shard is cut short or the checksum of its index fails")
+    numbers = struct.unpack(f"<{2 * chunks}Q", data[:-_CHECKSUM_BYTES])
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
 class _Shard:
     """An open file with the place (offset, length) of each of its chunks; closed when nobody holds it any more."""
 
@@ -49,15 +69,7 @@ class _Shard:
         # Clips lie anywhere: what the system would read beyond them is read for nothing.
         os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         self.size = os.fstat(self.descriptor).st_size if size is None else size
-        self.entries = [(0, self.size)] if chunks is None else self._read_index(chunks)
-
-    def _read_index(self, chunks: int) -> list[tuple[int, int]]:
-        length = chunks * _ENTRY_BYTES + _CHECKSUM_BYTES
-        data = os.pread(self.descriptor, length, max(self.size - length, 0))
-        if len(data) != length or not _sound(memoryview(data)):
-            raise ChunkError("its shard is cut short or the checksum of its index fails")
-        numbers = struct.unpack(f"<{2 * chunks}Q", data[:-_CHECKSUM_BYTES])
-        return list(zip(numbers[::2], numbers[1::2], strict=True))
+        self.entries = [(0, self.size)] if chunks is None else read_shard_index(self.descriptor, self.size, chunks)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):

@@ -20,13 +20,13 @@ from zarr.storage import LocalStore
 from swiftv2.data.ranks import Alone, Communicator, on_first, share, together
 from swiftv2.data.statistics import run_statistics, voxel_statistics
 from swiftv2.data.store import layout
-from swiftv2.data.store.leftovers import folder_problems, index_problems
+from swiftv2.data.store.leftovers import folder_problems, index_problems, private_problems
 from swiftv2.data.store.reader import Run, Store
+from swiftv2.data.store.shards import ABSENT, ChunkError, read_shard_index
 from swiftv2.errors import SwiftError, UsageError
 
 _TOLERANCE = 1e-6
 """Relative difference of statistics computed again: other processors add in another order."""
-_ABSENT = np.iinfo(np.uint64).max
 _BYTES_PER_WORKER = 1 << 28
 """Starting a process costs about as long as checking this much."""
 _ROUNDS = 64
@@ -45,11 +45,13 @@ class VerifyReport:
         runs: runs in the index, withdrawn ones included.
         bytes: of all bold shards of the runs that are present.
         bad: pseudonymous key of the run, or `store`; and what is wrong. `store` first, then by row.
+        notes: what could not be checked by this user, and is no finding.
     """
 
     runs: int
     bytes: int
     bad: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -80,7 +82,8 @@ def verify(
 
     Checked: checksums; shards that are missing, of another size than stated, or hold bytes that belong to no chunk; numbers
     that are not finite; statistics that do not fit the data; whatever is left of withdrawn runs; files that do not belong
-    to the format; what an interrupted change left; files of ids that are open to others. Memory of a worker: one run.
+    to the format; what an interrupted change left; files of ids that are open to others, are damaged, or do not fit the
+    index (who may not read them is told so in `notes`, and finds nothing wrong with them). Memory of a worker: one run.
 
     Args:
         store: folder of the store.
@@ -109,11 +112,13 @@ def verify(
 
 def _report(store: Store, outcomes: Sequence[_Outcome]) -> VerifyReport:
     bad = [*(("store", problem) for problem in _whole_store(store)), *folder_problems(store)]
+    private, notes = private_problems(store)
+    bad += private
     bad += [(run.key, problem) for run in store.runs for problem in index_problems(run, store.version)]
     bad += [problem for outcome in outcomes for problem in outcome.problems]
     order = {"store": -1} | {run.key: run.row for run in store.runs}
     unique = sorted(dict.fromkeys(bad), key=lambda problem: (order[problem[0]], *problem))
-    return VerifyReport(len(store.runs), sum(outcome.size for outcome in outcomes), tuple(unique))
+    return VerifyReport(len(store.runs), sum(outcome.size for outcome in outcomes), tuple(unique), tuple(notes))
 
 
 def _jobs(store: Store) -> list[_Job]:
@@ -247,12 +252,7 @@ def _check_shared(store: Store, job: _Job) -> list[Problem]:
     paths = sorted((store.path / small.name).glob(f"c.{job.number}.*"))
     if not paths:
         return []
-    problems: list[Problem] = []
-    if any(_loose_bytes(path, layout.ROWS_PER_SHARD) for path in paths):
-        problems.append(("store", f"shard {job.number} of {small.name} holds bytes that belong to no row"))
-    tables = [_shard_table(path, layout.ROWS_PER_SHARD) for path in paths]
-    if any((table[last - first :, 0] != _ABSENT).any() for table in tables if table is not None):
-        problems.append(("store", f"shard {job.number} of {small.name} holds rows beyond the last one"))
+    problems = [("store", f"{small.name}/{path.name} {what}") for path in paths for what in _shard_problems(path, last - first)]
     for row in range(first, last):
         run = runs.get(row)
         if run is not None and run.present:
@@ -269,6 +269,19 @@ def _check_shared(store: Store, job: _Job) -> list[Problem]:
         elif not empty:
             problems.append(("store", f"row {row} of {small.name} belongs to no run and is not empty"))
     return problems
+
+
+def _shard_problems(path: Path, rows: int) -> Iterator[str]:
+    """What one file of a small array, which holds so many rows, shows before its rows are decoded."""
+    try:
+        places, loose = _places(path, layout.ROWS_PER_SHARD)
+    except ChunkError:
+        yield "is damaged (its index): restore it from a copy"
+        return
+    if loose:
+        yield "holds bytes that belong to no row"
+    if any(offset != ABSENT for offset, _ in places[rows:]):
+        yield "holds rows beyond the last one"
 
 
 def _withdrawn(what: str) -> str:
@@ -311,37 +324,33 @@ def _check_shards(store: Store, run: Run) -> list[str]:
     for path in layout.bold_shards(store.path, run.dtype, run.row):
         number = int(path.name.split(".")[2])
         size += path.stat().st_size
-        table = _shard_table(path, length // chunk)
+        try:
+            places, loose = _places(path, length // chunk)
+        except ChunkError:
+            problems.append("the index of one of its shards is damaged: restore it from a copy")
+            continue
         used = max(0, -(-(min(run.frames, (number + 1) * length) - number * length) // chunk))
-        if table is not None and (table[used:, 0] != _ABSENT).any():
+        if any(offset != ABSENT for offset, _ in places[used:]):
             problems.append("its shards hold chunks beyond its last frame")
-        if _loose_bytes(path, length // chunk):
+        if loose:
             problems.append("its shards hold bytes that belong to no chunk")
     if size != run.bytes:
         problems.append("its shards have another size than the index states")
     return problems
 
 
-def _shard_table(path: Path, chunks: int) -> Any:
-    """Offset and length of every chunk of a shard file, (chunks, 2) uint64; None where the file is too short."""
-    footer = 16 * chunks + 4
+def _places(path: Path, chunks: int) -> tuple[list[tuple[int, int]], bool]:
+    """Where the chunks of a shard file lie, and whether it holds other bytes than these, one after another, and its index.
+
+    Raises:
+        ChunkError: its index is damaged.
+    """
     with path.open("rb") as stream:
-        if path.stat().st_size < footer:
-            return None
-        stream.seek(-footer, os.SEEK_END)
-        return np.frombuffer(stream.read(16 * chunks), dtype="<u8").reshape(chunks, 2)
-
-
-def _loose_bytes(path: Path, chunks: int) -> bool:
-    """Whether a shard file holds other bytes than its chunks, one after another, and their table."""
-    table = _shard_table(path, chunks)
-    if table is None:
-        return True
-    present = table[table[:, 0] != _ABSENT]
-    present = present[np.argsort(present[:, 0])]
-    ends = [int(offset) + int(length) for offset, length in present]
-    begins = [int(offset) for offset, _ in present]
-    return [*begins, path.stat().st_size - 16 * chunks - 4] != [0, *ends]
+        size = path.stat().st_size
+        places = read_shard_index(stream.fileno(), size, chunks)
+    there = sorted(place for place in places if place[0] != ABSENT)
+    ends = [offset + length for offset, length in there]
+    return places, [*(offset for offset, _ in there), size - 16 * chunks - 4] != [0, *ends]
 
 
 def _bad_frames(store: Store, index: int) -> list[str]:
@@ -386,8 +395,10 @@ def _check_numbers(run: Run, bold: Any, rows: dict[str, Any]) -> list[str]:
     displacement = rows["framewise_displacement"]
     if displacement is not None and (displacement < 0).any():
         problems.append("its framewise displacement is negative")
-    known = (0, 1, layout.UNKNOWN)
+    # Flags are known for all frames of a run or for none: an unknown one is the trace of a lost file.
     flags = [
-        name for name in ("censored", "non_steady_state") if rows[name] is not None and not np.isin(rows[name], known).all()
+        name for name in ("censored", "non_steady_state") if rows[name] is not None and not np.isin(rows[name], (0, 1)).all()
     ]
-    return problems + [f"its {name} flags are neither 0 nor 1 nor unknown" for name in flags]
+    return problems + [
+        f"its {name} flags are neither 0 nor 1: restore {name}/c.{run.row // layout.ROWS_PER_SHARD}.*" for name in flags
+    ]

@@ -1,3 +1,5 @@
+import errno
+import io
 import json
 import pickle
 import shutil
@@ -11,6 +13,7 @@ import pytest
 from ranks import swiftv2_run
 from store_files import GRID, bold_values, contents, save_run
 
+from swiftv2 import cli
 from swiftv2.config.synth import SynthConfig
 from swiftv2.data.changes.append import append
 from swiftv2.data.changes.build import build
@@ -144,6 +147,84 @@ def test_other_folders_and_formats_are_refused(store: Path, tmp_path: Path) -> N
 def test_ids_open_to_others_are_reported(store: Path) -> None:
     (store / layout.SUBJECTS_FILE).chmod(0o644)
     assert [key for key, _ in verify(store).bad] == ["store"]
+
+
+def edit_ids(store: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    path = store / layout.SUBJECTS_FILE
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (lambda ids: ids.update(salt="another"), "its salt is not"),
+        (lambda ids: ids.pop("labels"), "no salt, subjects and labels"),
+        (lambda ids: ids.update(subjects=[]), "no salt, subjects and labels"),
+        (lambda ids: ids["subjects"].popitem(), "1 subjects have no id in it (s"),
+        (
+            lambda ids: ids["subjects"].update(s0={"cohort": "demo", "id": "x"}),
+            "1 subjects are named in it and have no run (s0)",
+        ),
+        (lambda ids: ids["labels"].append({"subject": "s0"}), "1 subjects are named in it and have no run (s0)"),
+        (lambda ids: next(iter(ids["subjects"].values())).update(id="x"), "1 subjects have an id that does not give their key"),
+    ],
+)
+def test_ids_that_do_not_fit_the_runs_are_found(edit: Callable[[dict[str, Any]], object], told: str, store: Path) -> None:
+    edit_ids(store, edit)
+    bad = verify(store, workers=1).bad
+    assert {key for key, _ in bad} == {"store"}
+    assert any(told in text for _, text in bad), bad
+
+
+def test_files_of_ids_that_are_damaged_or_gone_are_found(store: Path) -> None:
+    (store / layout.REPORT_FILE).write_text('{"file": \n')
+    (store / layout.SUBJECTS_FILE).write_text("{")
+    assert [text.partition(":")[0] for _, text in verify(store, workers=1).bad] == [layout.REPORT_FILE, layout.SUBJECTS_FILE]
+    (store / layout.SUBJECTS_FILE).unlink()
+    (store / layout.REPORT_FILE).unlink()  # which its owner may
+    assert [text.partition(":")[0] for _, text in verify(store, workers=1).bad] == [f"{layout.SUBJECTS_FILE} is missing"]
+
+
+def test_ids_that_this_user_may_not_read_are_no_damage(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real: Any = io.open
+
+    def denying(file: object, *arguments: Any, **options: Any) -> Any:
+        """What the system does where the user is not root, whom these tests may run as."""
+        if str(file).endswith(layout.SUBJECTS_FILE):
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return real(file, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", denying)
+    report = verify(store, workers=1)
+    assert (report.ok, len(report.notes)) == (True, 1)
+    assert "subjects.json was not checked" in report.notes[0]
+    assert cli.main(["store", "verify", str(store), "--workers", "1"]) == 0
+    assert "note: subjects.json was not checked" in capsys.readouterr().out
+
+
+def test_every_column_of_the_frames_is_checked(tmp_path: Path) -> None:
+    """Rows of per-frame arrays grow by columns: each is a file of its own, and the first one may be absent."""
+    for part, frames in (("in", FRAMES), ("more", FRAMES + 20)):
+        generate(SynthConfig(subjects=8, voxel_mm=6, frames=frames, seed=frames), tmp_path / part)
+    build(tmp_path / "in", tmp_path / "store", GRID, "a")
+    append(tmp_path / "more", tmp_path / "store", "b")
+    assert verify(tmp_path / "store", workers=1).ok
+    first, second = (tmp_path / "store" / "censored" / f"c.0.{column}" for column in (0, 1))
+    data = second.read_bytes()
+    footer = 16 * layout.ROWS_PER_SHARD + 4
+    second.write_bytes(data[:-footer] + b"loose" + data[-footer:])
+    assert ("store", "censored/c.0.1 holds bytes that belong to no row") in verify(tmp_path / "store", workers=1).bad
+    first.unlink()
+    store = Store.open(tmp_path / "store")
+    bad = verify(tmp_path / "store", workers=1).bad
+    assert ("store", "censored/c.0.1 holds bytes that belong to no row") in bad
+    assert {run.key for run in store.runs if "censored" in run.confounds} <= {key for key, _ in bad}
+    second.write_bytes(data[:-1])
+    assert any("censored/c.0.1 is damaged" in text for _, text in verify(tmp_path / "store", workers=1).bad)
 
 
 def change_index(store: Path, edit: Callable[[list[dict[str, Any]]], object]) -> None:
