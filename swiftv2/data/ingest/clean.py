@@ -7,6 +7,7 @@ nilearn's own loop over voxels, and equal to it within rounding.
 
 import re
 import tempfile
+import textwrap
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,7 @@ BLOCK_BYTES = 32 << 20
 """Time courses (float64) that are cleaned at a time; about four times as much is in use for them."""
 _LEAST_FREEDOM = 10
 """Degrees of freedom that must be left of a voxel's time course: with fewer, what is left is hardly its own."""
+_MESSAGE_WIDTH = 300
 _NEUTRAL = "task-rest"
 """nilearn finds tables by the image's name and puts paths into its messages; this name tells nobody's id."""
 
@@ -181,5 +183,5 @@ def _regressors(strategy: str, table: Path | None, frames: int) -> npt.NDArray[n
 
 
 def _one_line(error: Exception) -> str:
-    """A library's message on one line, without paths."""
-    return re.sub(r"\S*/\S*", "...", " ".join(str(error).split()))[:300]
+    """A library's message on one line, without paths, cut at a word where it is long."""
+    return textwrap.shorten(re.sub(r"\S*/\S*", "...", str(error)), _MESSAGE_WIDTH, placeholder=" ...")

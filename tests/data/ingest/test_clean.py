@@ -229,6 +229,7 @@ def test_tables_that_do_not_serve_are_refused_in_one_line(tmp_path: Path) -> Non
     pd.DataFrame({"trans_x": np.zeros(30)}).to_csv(table, sep="\t", index=False)
     assert "do not serve clean.strategy=simple" in refusal("simple")
     assert "rot_z" in refusal("simple")
+    assert refusal("simple").endswith("', ..."), "a long message ends after a word"
 
 
 def taken(root: Path, clean: CleanConfig | None, *, keep_float: bool = False) -> Taken:
