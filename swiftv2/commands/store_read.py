@@ -40,7 +40,8 @@ def add(verbs: Any) -> None:
     parser.add_argument("--individuals", action="store_true", help=text)
     text = (
         "read every chunk and check it. Under mpirun or srun the ranks share the runs. Exit status 1 where anything is "
-        "damaged or does not belong there; each problem is named by run key."
+        "damaged or does not belong there; each problem is named by run key. Files of ids that you may not read are noted, and "
+        "are no problem."
     )
     examples = ("swiftv2 store verify cohort.zarr", "mpirun -n 16 swiftv2 store verify cohort.zarr")
     parser = add_command(verbs, "verify", _store_verify, text, examples)
