@@ -86,6 +86,11 @@ def say(text: str) -> None:
             raise OSError(error.errno, error.strerror, "standard output") from error
 
 
+def warn(text: str) -> None:
+    """Say on standard error, in one line, what does no harm to the answer but must not be overlooked."""
+    print(f"swiftv2: {' '.join(text.splitlines())}", file=sys.stderr, flush=True)  # noqa: T201 (where a person reads)
+
+
 def answer(values: dict[str, Any], *parts: "str | Table", as_json: bool) -> None:
     """Print values as one JSON object, or lines and tables that say the same."""
     if as_json:

@@ -1,6 +1,7 @@
 """Commands that make or change a store."""
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,13 +12,14 @@ from swiftv2.config.clean import CleanConfig
 from swiftv2.config.data import GridConfig
 from swiftv2.config.load import build, override
 from swiftv2.errors import SwiftError, UsageError
-from swiftv2.terminal import Parser, Shown, add_command, add_json, answer
+from swiftv2.terminal import Parser, Shown, add_command, add_json, answer, warn
 
 if TYPE_CHECKING:
     from swiftv2.data.changes.publish import BuildReport
     from swiftv2.data.changes.tally import Progress
 
 COMPRESSIONS = ("none", "lz4", "zstd")
+_SHOWN = 10
 
 
 def add(verbs: Any) -> None:
@@ -32,7 +34,8 @@ def add(verbs: Any) -> None:
         "mpirun -n 16 swiftv2 store build derivatives/fmriprep cohort.zarr grid.voxel_mm=4",
     )
     parser = add_command(verbs, "build", _store_build, text, examples)
-    _add_source(parser, "folder of the store: new, or that of the same build unfinished")
+    text = "of the cohort; needed for a glob, else the source folder's by default"
+    _add_source(parser, "folder of the store: new, or that of the same build unfinished", text)
     text = "codec of the arrays, none being the fastest to read where the disk is not what one waits for; lz4 by default"
     parser.add_argument("--compression", choices=COMPRESSIONS, default="lz4", help=text)
     _add_words(parser, "MNI152 at 2 mm, RAS by default")
@@ -46,20 +49,19 @@ def add(verbs: Any) -> None:
         "srun -n 128 swiftv2 store append hcp/derivatives cohort.zarr --cohort HCP grid.resample=true",
     )
     parser = add_command(verbs, "append", _store_append, text, adding)
-    _add_source(parser, "folder of a store")
+    text = "of the cohort, always to be said: one that the store has, under the name that it has there, or a new one"
+    _add_source(parser, "folder of a store", text)
     parser.add_argument("--compression", choices=COMPRESSIONS, help="the store's; another one is refused")
     _add_words(parser, "the store's, but for grid.resample and grid.space, which say something of the files")
     _add_drop(verbs)
 
 
-def _add_source(parser: Parser, text: str) -> None:
+def _add_source(parser: Parser, text: str, cohort: str) -> None:
     """What build and append share."""
     add_json(parser)
     parser.add_argument("source", help="BIDS-derivatives folder (*_desc-preproc_bold.nii.gz), or a quoted glob of NIfTI files")
     parser.add_argument("store", type=Path, help=text)
-    parser.add_argument(
-        "--cohort", metavar="NAME", help="of the cohort; needed for a glob, else the source folder's by default"
-    )
+    parser.add_argument("--cohort", metavar="NAME", help=cohort)
     text = "TSV or CSV with a subject column and, where names carry no `sub-`, a file column; participants.tsv by default"
     parser.add_argument("--labels", type=Path, metavar="TABLE", action="append", help=text + "; may be given several times")
     parser.add_argument("--tr", type=float, metavar="SECONDS", help="repetition time that every run must have")
@@ -104,20 +106,27 @@ def _store_build(arguments: argparse.Namespace) -> int:
     from swiftv2.data.changes.build import build as build_store
 
     grid, clean = _sections(arguments.overrides, "build")
+    cohort = _cohort(arguments)
 
     def change(**options: Any) -> "BuildReport":
-        return build_store(arguments.source, arguments.store, grid, _cohort(arguments), clean=clean, **options)
+        return build_store(arguments.source, arguments.store, grid, cohort, clean=clean, **options)
 
     return _take(arguments, "build", "built", change)
 
 
 def _store_append(arguments: argparse.Namespace) -> int:
     from swiftv2.data.changes.append import append
+    from swiftv2.data.changes.versions import read_base
 
     grid, clean = _sections(arguments.overrides, "append")
+    if not arguments.cohort:
+        cohorts = ", ".join(read_base(arguments.store).cohorts)
+        raise UsageError(
+            f"say --cohort NAME: {arguments.store} has {cohorts}; under another name the same people count as other subjects"
+        )
 
     def change(**options: Any) -> "BuildReport":
-        return append(arguments.source, arguments.store, _cohort(arguments), grid=grid, clean=clean, **options)
+        return append(arguments.source, arguments.store, arguments.cohort, grid=grid, clean=clean, **options)
 
     return _take(arguments, "append", "appended", change)
 
@@ -135,7 +144,8 @@ def _take(arguments: argparse.Namespace, verb: str, done: str, change: Callable[
     salt = arguments.salt
     if salt is not None and not re.fullmatch("[0-9a-fA-F]{16,}", salt):
         raise UsageError("--salt takes at least 16 hex digits, such as `openssl rand -hex 16` gives")
-    _cohort(arguments)
+    if arguments.tr is not None and not 0 < arguments.tr < math.inf:
+        raise UsageError(f"--tr {arguments.tr}: give the repetition time in seconds, above 0")
     ranks = communicator(f"store {verb}")
     with termination(ranks), Shown("runs", shown=ranks.rank == 0) as shown:
 
@@ -205,13 +215,24 @@ def _store_drop(arguments: argparse.Namespace) -> int:
         "already": report.already,
         "unknown": report.unknown,
         "users": list(report.users),
+        "finished": report.finished,
+        "leftovers": report.leftovers,
+        "foreign": list(report.foreign),
     }
     head = "would lose" if arguments.dry_run else f"version {report.version}: gone are"
     lines = [f"{arguments.store} {head} {len(report.subjects)} subjects, {len(report.runs)} runs, {report.bytes / 1e6:.1f} MB"]
+    lines += ["a drop that was killed was finished first"] if report.finished else []
+    lines += [f"left by an append that was given up, gone too: {report.leftovers} files"] if report.leftovers else []
     lines += [f"withdrawn before: {report.already} subjects"] if report.already else []
     lines += [f"not known to the store: {report.unknown} lines of the list"] if report.unknown else []
     lines += [_used(user) for user in report.users]
     answer(values, *lines, as_json=arguments.json)
+    if report.foreign:
+        shown = ", ".join(report.foreign[:_SHOWN]) + (", ..." if len(report.foreign) > _SHOWN else "")
+        warn(
+            f"{len(report.foreign)} files in {arguments.store} that the format does not know may hold copies of withdrawn "
+            f"data: look at them: {shown}"
+        )
     return 0
 
 

@@ -35,7 +35,7 @@ from swiftv2.data.ranks import Communicator, each, on_first, share, together
 from swiftv2.data.store import layout
 from swiftv2.data.store.reader import Run, Store
 from swiftv2.errors import DamagedError, SwiftError, UsageError
-from swiftv2.files import sync, write_file
+from swiftv2.files import read_json, sync, write_file
 
 
 def take(job: Job, ranks: Communicator, progress: Callable[[Progress], None] | None) -> BuildReport:
@@ -124,7 +124,7 @@ def _begin(job: Job, plan: Plan, held: contextlib.ExitStack) -> tuple[set[int], 
         if job.base is not None:
             settle(job.store)  # An append that was given up may have left something.
         write_file(kept, json.dumps(state), layout.PRIVATE)
-    elif json.loads(kept.read_text(encoding="utf-8")) != state:
+    elif read_json(kept) != state:
         raise UsageError(_other(job))
     for stale in job.store.rglob("*.partial"):
         stale.unlink()

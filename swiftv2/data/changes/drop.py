@@ -17,7 +17,9 @@ from swiftv2.data.changes.versions import (
     alone_in,
     encode_runs,
     finish_append,
+    foreign_files,
     make_staging,
+    named_in,
     prune_report,
     read_base,
     read_lines,
@@ -53,10 +55,14 @@ class Withdrawal:
     Attributes:
         subjects: that the store knows, withdrawn before or not, by key.
         unknown: lines of the list whose subject the store does not know.
+        keys: of all subjects, also under which unknown ones might come later, in any of the store's cohorts.
+        names: ids that the list gives.
     """
 
     subjects: tuple[Subject, ...]
     unknown: int
+    keys: frozenset[str]
+    names: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,9 @@ class DropReport:
         already: subjects of the list that were withdrawn before.
         unknown: lines of the list whose subject the store does not know.
         users: what used the subjects, as it was found before ids went; of an interrupted drop, too.
+        finished: whether a drop that was killed was finished first.
+        leftovers: bold shards that went, of runs that an append left which was killed and given up.
+        foreign: files in the folder that the format does not know: they stay, and may be copies of withdrawn data.
     """
 
     version: int
@@ -80,6 +89,9 @@ class DropReport:
     already: int
     unknown: int
     users: tuple[dict[str, Any], ...]
+    finished: bool = False
+    leftovers: int = 0
+    foreign: tuple[str, ...] = ()
 
 
 def read_withdrawals(store: Path, listed: Path, cohort: str | None = None, *, ignore_unknown: bool = False) -> Withdrawal:
@@ -93,17 +105,26 @@ def read_withdrawals(store: Path, listed: Path, cohort: str | None = None, *, ig
         ignore_unknown: whether lines may name subjects that the store does not know.
 
     Raises:
-        UsageError: the list cannot be read, or lines are unknown or not clear; told by their numbers.
+        UsageError: the list cannot be read or is empty, or lines are unknown or not clear; told by their numbers.
         SwiftError: no store, or its file of ids cannot be read.
     """
     base = read_base(store)
     book = _Book(base, str(read_subjects(store)["salt"]), cohort)
     found: dict[str, Subject] = {}
-    unknown, several = [], []
-    for number, name in _names(listed):
+    keys: set[str] = set()
+    ids: set[str] = set()
+    strangers, unknown, several = 0, [], []
+    lines = _names(listed)
+    if not lines:
+        raise UsageError(f"{listed} names no subject: give a text file, one subject a line")
+    for number, name in lines:
         subjects = book.find(name)
+        ids |= book.ids(name)
+        keys |= {subject.key for subject in subjects} or book.keys(name)
         if not subjects:
-            unknown.append(number)
+            strangers += 1
+            if not book.heard_of(name):
+                unknown.append(number)
         elif len(subjects) > 1:
             several.append(number)
         else:
@@ -115,7 +136,7 @@ def read_withdrawals(store: Path, listed: Path, cohort: str | None = None, *, ig
         raise UsageError(
             f"{listed}, {_lines(unknown)}: not in {store}: mend the list, or say --ignore-unknown where it names others too"
         )
-    return Withdrawal(tuple(found[key] for key in sorted(found)), len(unknown))
+    return Withdrawal(tuple(found[key] for key in sorted(found)), strangers, frozenset(keys), frozenset(ids))
 
 
 def _names(listed: Path) -> list[tuple[int, str]]:
@@ -135,27 +156,50 @@ def _lines(numbers: Sequence[int]) -> str:
 
 
 class _Book:
-    """Finds subjects by any of their names: those of the index, and those whose runs were all refused."""
+    """Finds subjects by any of their names: those of the index, and those whose runs were refused or given up."""
 
     def __init__(self, base: Base, salt: str, cohort: str | None) -> None:
-        ids = {key: one["id"] for key, one in read_subjects(base.store)["subjects"].items()}
+        known = read_subjects(base.store)["subjects"]
+        ids = {key: one["id"] for key, one in known.items()}
         self._known = {run.subject: Subject(run.subject, run.cohort, ids.get(run.subject, "")) for run in base.runs}
-        cohorts = {run.cohort for run in base.runs}
-        cohorts |= {str(change["cohort"]) for change in base.attributes["history"] if "cohort" in change}
-        self._named = {line.get("subject", "") for line in read_lines(base.store / layout.REPORT_FILE)}
+        self._report = read_lines(base.store / layout.REPORT_FILE)
+        self._named = {str(line.get("subject", "")) for line in self._report} | known.keys()
+        self._listed = base.listed
+        cohorts = base.cohorts
         if cohort is not None and cohort not in cohorts:
-            raise UsageError(f"{base.store} has no cohort {cohort}: it has {', '.join(sorted(cohorts))}")
+            raise UsageError(f"{base.store} has no cohort {cohort}: it has {', '.join(cohorts)}")
         self._salt = salt
-        self._cohorts = sorted(cohorts) if cohort is None else [cohort]
+        self._cohorts = list(cohorts) if cohort is None else [cohort]
 
     def find(self, name: str) -> list[Subject]:
         """All subjects that the name may mean."""
-        if re.fullmatch(rf"s[0-9a-f]{{{HEX_DIGITS}}}", name) and name in self._known:
+        if _is_key(name) and name in self._known:
             return [self._known[name]]
+        keyed = {subject_key(self._salt, cohort, text): (cohort, text) for cohort, text in self._pairs(name)}
+        return [Subject(key, *names) for key, names in keyed.items() if key in self._known or key in self._named]
+
+    def keys(self, name: str) -> set[str]:
+        """Keys under which a subject of this name may come."""
+        return {name} if _is_key(name) else {subject_key(self._salt, *pair) for pair in self._pairs(name)}
+
+    def ids(self, name: str) -> set[str]:
+        """Ids that the name may mean."""
+        return set() if _is_key(name) else {text for _, text in self._pairs(name)}
+
+    def heard_of(self, name: str) -> bool:
+        """Whether a former list gave the name, or a file of which nobody tells the subject has it in its own name."""
+        ids = frozenset(self.ids(name))
+        return self.keys(name) <= self._listed or any(named_in(line, ids) for line in self._report)
+
+    def _pairs(self, name: str) -> list[tuple[str, str]]:
+        """Cohorts and ids that the name may mean."""
         pairs = [(cohort, name) for cohort in self._cohorts]
         pairs += [(cohort, name.removeprefix(f"{cohort}/")) for cohort in self._cohorts if name.startswith(f"{cohort}/")]
-        keyed = {subject_key(self._salt, cohort, text): (cohort, bare_subject(text)) for cohort, text in pairs}
-        return [Subject(key, *names) for key, names in keyed.items() if key in self._known or key in self._named]
+        return [(cohort, bare_subject(text)) for cohort, text in pairs]
+
+
+def _is_key(name: str) -> bool:
+    return re.fullmatch(rf"s[0-9a-f]{{{HEX_DIGITS}}}", name) is not None
 
 
 def drop(store: Path, withdrawal: Withdrawal, users: Iterable[dict[str, Any]] = (), *, dry_run: bool = False) -> DropReport:
@@ -174,10 +218,9 @@ def drop(store: Path, withdrawal: Withdrawal, users: Iterable[dict[str, Any]] = 
         UsageError: a build or append is unfinished.
         SwiftError: no store, a damaged one, or a failure to write.
     """
-    keys = {subject.key for subject in withdrawal.subjects}
     listed = tuple(users)
     if dry_run:
-        return _report(read_base(store), keys, withdrawal, listed)
+        return _report(read_base(store), withdrawal, listed)
     former = finish_drop(store)
     finish_append(store)
     if layout.unfinished(store) == "append":
@@ -190,26 +233,30 @@ def drop(store: Path, withdrawal: Withdrawal, users: Iterable[dict[str, Any]] = 
         with alone_in(store, layout.DROPPING):
             _check_alone(store)
             base = read_base(store)
-            report = _report(base, keys, withdrawal, listed or former)
-            if report.runs:
-                report = replace(report, version=base.version + 1)
-                plan = {"version": report.version, "subjects": sorted(report.subjects), "users": list(listed)}
-                write_file(store / layout.DROPPING / layout.PLAN_FILE, json.dumps(plan), layout.PRIVATE)
-                _carry_out(store, plan)
-            prune_report(store, frozenset(keys))  # Subjects whose runs were all refused stand nowhere else.
-            remove_staging(store, layout.DROPPING)
-    return report
+            report = _report(base, withdrawal, listed or tuple(former["users"] if former else ()))
+            plan = {
+                "version": base.version + bool(report.runs),
+                "subjects": list(report.subjects),
+                "users": list(listed),
+                "listed": sorted(withdrawal.keys),
+                "names": sorted(withdrawal.names),
+            }
+            write_file(store / layout.DROPPING / layout.PLAN_FILE, json.dumps(plan), layout.PRIVATE)
+            leftovers = _carry_out(store, plan)
+    now = read_base(store)
+    foreign = foreign_files(now)
+    return replace(report, version=now.version, finished=former is not None, leftovers=leftovers, foreign=foreign)
 
 
-def _report(base: Base, keys: set[str], withdrawal: Withdrawal, users: tuple[dict[str, Any], ...]) -> DropReport:
-    runs = [run for run in base.runs if run.subject in keys and run.present]
+def _report(base: Base, withdrawal: Withdrawal, users: tuple[dict[str, Any], ...]) -> DropReport:
+    runs = [run for run in base.runs if run.subject in withdrawal.keys and run.present]
     now = {run.subject for run in runs}
     return DropReport(
         version=base.version,
         subjects=tuple(sorted(now)),
         runs=tuple(run.key for run in runs),
         bytes=sum(run.bytes for run in runs),
-        already=len(keys & base.withdrawn - now),
+        already=len(withdrawal.keys & base.withdrawn - now),
         unknown=withdrawal.unknown,
         users=users,
     )
@@ -222,29 +269,41 @@ def _check_alone(store: Path) -> None:
         raise SwiftError(f"{store} is being changed by another process: let it end, or stop it first")
 
 
-def finish_drop(store: Path) -> tuple[dict[str, Any], ...]:
+def finish_drop(store: Path) -> dict[str, Any] | None:
     """Do what a killed drop left to do, if there was one.
 
     Returns:
-        What used its subjects.
+        Its plan, with `users`, what used its subjects; None where there was none.
 
     Raises:
         SwiftError: another process is at work there, the store is damaged, or a failure to write.
     """
     kept = store / layout.DROPPING / layout.PLAN_FILE
     if not (store / layout.DROPPING).is_dir():
-        return ()
+        return None
     with writing(store, "drop"), alone_in(store, layout.DROPPING):
         if not kept.is_file():
             remove_staging(store, layout.DROPPING)
-            return ()
-        plan = read_json(kept)
+            return None
+        plan = _read_plan(kept)
         _carry_out(store, plan)
-    return tuple(plan["users"])
+    return plan
 
 
-def _carry_out(store: Path, plan: dict[str, Any]) -> None:
-    """Commit the tombstones, then remove the data; every step may be done again."""
+def _read_plan(path: Path) -> dict[str, Any]:
+    plan = {"listed": [], "names": []} | read_json(path)
+    try:
+        int(plan["version"])
+        lists = [plan[name] for name in ("subjects", "users", "listed", "names")]
+    except (KeyError, TypeError, ValueError):
+        lists = [None]
+    if not all(isinstance(one, list) for one in lists):
+        raise SwiftError(f"{path} is damaged: remove {path.parent}, then give `swiftv2 store drop` of the same list again")
+    return plan
+
+
+def _carry_out(store: Path, plan: dict[str, Any]) -> int:
+    """Commit the tombstones, then remove the data; every step may be done again. Returns the leftovers that went."""
     base, version, subjects = read_base(store), int(plan["version"]), frozenset(plan["subjects"])
     gone = [run.key for run in base.runs if run.subject in subjects]
     if any(run.present and run.subject in subjects for run in base.runs):
@@ -253,13 +312,27 @@ def _carry_out(store: Path, plan: dict[str, Any]) -> None:
         index = encode_runs(runs)
         write_file(store / layout.index_name(version), index)
         layout.write_attributes(store, _attributes(base, version, runs, index))
-    lines = [line for line in read_lines(store / layout.WITHDRAWALS_FILE) if line["version"] < version]
-    lines.append({"version": version, "subjects": sorted(subjects), "runs": gone, "users": plan["users"]})
-    write_lines(store / layout.WITHDRAWALS_FILE, lines)
-    settle(store)
+    _remember(base, version, gone, plan)
+    leftovers = settle(store)
+    prune_report(store, frozenset(plan["listed"]), frozenset(plan["names"]))
     if any(run.present and run.subject in subjects for run in read_base(store).runs):
         raise SwiftError(f"{store}: runs of the list are there again, by another process: give `swiftv2 store drop` again")
     remove_staging(store, layout.DROPPING)
+    return leftovers
+
+
+def _remember(base: Base, version: int, gone: list[str], plan: dict[str, Any]) -> None:
+    """Add a line to the withdrawals: what went, and who else is not to come; nothing where all of it stands there."""
+    path = base.store / layout.WITHDRAWALS_FILE
+    lines = read_lines(path)
+    if gone:  # A killed attempt may have written its line.
+        lines = [line for line in lines if line["version"] < version]
+    heard = base.withdrawn.union(plan["subjects"], *(line.get("listed", ()) for line in lines))
+    listed = sorted(frozenset(plan["listed"]) - heard)
+    if gone or listed:
+        subjects = sorted(plan["subjects"])
+        lines.append({"version": version, "subjects": subjects, "runs": gone, "users": plan["users"], "listed": listed})
+        write_lines(path, lines)
 
 
 def _attributes(base: Base, version: int, runs: tuple[Run, ...], index: bytes) -> dict[str, Any]:

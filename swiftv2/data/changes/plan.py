@@ -28,6 +28,7 @@ from swiftv2.files import sha256
 
 UNTOUCHED = CleanConfig()
 WITHDRAWN = "its subject's consent was withdrawn"
+WITHDRAWN_ELSEWHERE = "consent of a subject of this id was withdrawn in another cohort of the store"
 
 
 @dataclass(frozen=True)
@@ -118,15 +119,18 @@ class Inspector:
         self._options, self._salt = options, salt
         self._space = None if base is None else base.grid.space
         self._runs = {} if base is None else {run.key: run for run in base.runs}
-        self._withdrawn = frozenset[str]() if base is None else base.withdrawn
+        self._present = frozenset[str]() if base is None else base.subjects
+        self._withdrawn = frozenset[str]() if base is None else base.withdrawn | base.listed
+        self._cohorts = () if base is None else base.cohorts
 
     def inspect(self, source: Source) -> Inspected:
         """Read header and side-car of a file; of one whose run the store has, all of it."""
         if not source.subject:
             reason = "no subject: its name has no sub-, and the label table has no line with its file"
             return Inspected(source, refusal=reason)
-        if subject_key(self._salt, self._options.cohort, source.subject) in self._withdrawn:
-            return Inspected(source, refusal=WITHDRAWN)
+        withdrawn = self._withdrawal(source.subject)
+        if withdrawn is not None:
+            return Inspected(source, refusal=withdrawn)
         known = self._runs.get(_key(self._salt, self._options.cohort, source))
         if known is not None:
             return self._known(source, known.source_sha256)
@@ -137,6 +141,17 @@ class Inspector:
             return Inspected(source, header, tr, self._checked_space(source.space or space))
         except RefusedError as refusal:
             return Inspected(source, refusal=str(refusal))
+
+    def _withdrawal(self, subject: str) -> str | None:
+        """Why a subject may not come; one may who is there and was left when another cohort's of the same id went."""
+        key = subject_key(self._salt, self._options.cohort, subject)
+        if key in self._withdrawn:
+            return WITHDRAWN
+        if key not in self._present and any(
+            subject_key(self._salt, cohort, subject) in self._withdrawn for cohort in self._cohorts
+        ):
+            return WITHDRAWN_ELSEWHERE
+        return None
 
     def _known(self, source: Source, digest: str) -> Inspected:
         try:
@@ -174,8 +189,8 @@ def choose_salt(store: Path, salt: str | None) -> str:
         if path.is_file():
             try:
                 known = str(json.loads(path.read_text(encoding="utf-8"))["salt"])
-            except (OSError, ValueError, KeyError) as error:
-                raise SwiftError(f"{path} cannot be read: remove the store {store} and build it again") from error
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise SwiftError(f"{path} cannot be read: restore it from a copy, or ask the store's owner") from error
             break
     if known is not None and salt is not None and salt != known:
         raise UsageError(f"store {store} was begun with another salt: give that one, or build another store")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from swiftv2 import __version__
-from swiftv2.data.changes.plan import WITHDRAWN, Options, Plan, Refused
+from swiftv2.data.changes.plan import WITHDRAWN, WITHDRAWN_ELSEWHERE, Options, Plan, Refused
 from swiftv2.data.changes.versions import (
     Base,
     check_unchanged,
@@ -129,7 +129,11 @@ def write_report(job: Job, plan: Plan, runs: list[Run], refused: list[Refused]) 
     """
     names = {candidate.key: candidate.source.relative for candidate in plan.candidates}
     told = [(names[run.key], run.key, run.subject, "taken", "") for run in runs]
-    told += [(one.file, one.key, one.subject, "refused", one.reason) for one in refused if one.reason != WITHDRAWN]
+    told += [
+        (one.file, one.key, one.subject, "refused", one.reason)
+        for one in refused
+        if one.reason not in (WITHDRAWN, WITHDRAWN_ELSEWHERE)
+    ]
     columns = ("file", "run", "subject", "status", "reason")
     lines = [dict(zip(columns, line, strict=True)) for line in sorted(told)]
     path = job.store / layout.REPORT_FILE

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,12 +31,14 @@ class Base:
         store: the folder.
         attributes: those of the store.
         runs: the lines of the index.
+        listed: keys of subjects whom a list of withdrawals named and of whom no run was there.
         rows, frames: extent of its arrays.
     """
 
     store: Path
     attributes: dict[str, Any]
     runs: tuple[Run, ...]
+    listed: frozenset[str] = frozenset()
 
     @property
     def version(self) -> int:
@@ -69,8 +72,14 @@ class Base:
 
     @property
     def withdrawn(self) -> frozenset[str]:
-        """Keys of the subjects who withdrew consent."""
+        """Keys of the subjects who withdrew consent and of whom runs were there."""
         return frozenset(run.subject for run in self.runs if run.withdrawn)
+
+    @property
+    def cohorts(self) -> tuple[str, ...]:
+        """Names of all cohorts that ever were in the store, sorted."""
+        changes = (str(change["cohort"]) for change in self.attributes["history"] if "cohort" in change)
+        return tuple(sorted({*(run.cohort for run in self.runs), *changes}))
 
     def history(self, digest: str) -> dict[str, Any] | None:
         """The entry of the change that took these source files by these options, or None."""
@@ -84,7 +93,8 @@ def read_base(store: Path) -> Base:
     Raises:
         SwiftError: no store, an unfinished build, another format, or a damaged index.
     """
-    return Base(store, *read_index(store))
+    lines = read_lines(store / layout.WITHDRAWALS_FILE)
+    return Base(store, *read_index(store), frozenset(key for line in lines for key in line.get("listed", ())))
 
 
 def check_unchanged(base: Base) -> None:
@@ -109,8 +119,20 @@ def encode_runs(runs: tuple[Run, ...]) -> bytes:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of JSON lines; none where its owner has removed it."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    """The lines of a file of JSON lines, each of which names a version; none where its owner has removed it.
+
+    Raises:
+        SwiftError: a line is no such object; told by its number.
+    """
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(path.read_bytes().splitlines() if path.is_file() else (), start=1):
+        try:
+            line = json.loads(text)
+            int(line["version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise SwiftError(f"{path}, line {number} is damaged: restore the file from a copy, or mend this line") from error
+        lines.append(line)
+    return lines
 
 
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
@@ -127,9 +149,11 @@ def read_subjects(store: Path) -> dict[str, Any]:
     path = store / layout.SUBJECTS_FILE
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        str(content["salt"]), content["subjects"], content["labels"]
-    except (OSError, ValueError, KeyError) as error:
-        raise SwiftError(f"{path} cannot be read: it holds salt, ids and labels, and only the store's owner may") from error
+        str(content["salt"]), dict(content["subjects"]), list(content["labels"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SwiftError(
+            f"{path} cannot be read: it holds salt, ids and labels: restore it from a copy, or ask the store's owner"
+        ) from error
     return content
 
 
@@ -233,17 +257,21 @@ def _remove_old_indices(base: Base) -> None:
     sync(base.store)
 
 
-def settle(store: Path) -> None:
+def settle(store: Path) -> int:
     """Remove all that the newest version does not hold, such as what a withdrawal or an append that was given up left.
 
     That is: half-written files, indices of other versions, bold shards, rows of small arrays, ids, labels and lines of the
-    report whose runs are not present. It may be interrupted, and done again. Memory: one shard of a small array.
+    report whose runs are not present. It may be interrupted, and done again. Memory: one shard of a small array. Files that
+    the format does not know stay.
+
+    Returns:
+        Bold shards of runs that the index does not name, which went.
     """
     base = read_base(store)
     for partial in store.rglob("*.partial"):
         partial.unlink()
     _remove_old_indices(base)
-    _settle_bold(base)
+    leftovers = _settle_bold(base)
     content = read_subjects(store)
     kept = {
         "salt": content["salt"],
@@ -252,30 +280,53 @@ def settle(store: Path) -> None:
     }
     if kept != content:
         write_subjects(store, kept)
-    prune_report(store, base.withdrawn)
+    prune_report(store, base.withdrawn | base.listed)
     _settle_small(base)
+    return leftovers
 
 
-def prune_report(store: Path, subjects: frozenset[str]) -> None:
-    """Remove the lines of subjects from the report of builds."""
+def prune_report(store: Path, subjects: frozenset[str], names: frozenset[str] = frozenset()) -> None:
+    """Remove the lines of subjects from the report of builds.
+
+    Args:
+        store: folder of the store.
+        subjects: their keys.
+        names: their ids: a line without a subject goes where its file's name has one of them between its marks.
+    """
     path = store / layout.REPORT_FILE
     lines = read_lines(path)
-    kept = [line for line in lines if line.get("subject") not in subjects]
+    kept = [line for line in lines if line.get("subject") not in subjects and not named_in(line, names)]
     if len(kept) < len(lines):
         write_lines(path, kept)
 
 
-def _settle_bold(base: Base) -> None:
+def named_in(line: dict[str, Any], names: frozenset[str]) -> bool:
+    """Whether a line of the report tells no subject, and its file's name has one of these ids, whole, in it."""
+    if line.get("subject"):
+        return False
+    file = str(line.get("file", ""))
+    return any(re.search(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", file) for name in names)
+
+
+def _settle_bold(base: Base) -> int:
     present = {(run.dtype, run.row) for run in base.runs if run.present}
-    for folder in sorted(path for path in (base.store / "bold").iterdir() if path.is_dir()):
-        if folder.name not in base.dtypes:
-            shutil.rmtree(folder)
+    named, leftovers = {(run.dtype, run.row) for run in base.runs}, 0
+    for folder in (base.store / "bold" / dtype for dtype in layout.BOLD_TYPES):
+        if not folder.is_dir():
             continue
-        for path in folder.glob("c.*"):
-            if (folder.name, int(path.name.split(".")[1])) not in present:
+        for path in folder.iterdir():
+            place = (folder.name, _numbers(path, 3)[0])
+            if place[1] >= 0 and place not in present:
                 path.unlink()
+                leftovers += place not in named
         sync(folder)
-        layout.set_shape(folder, (base.rows, base.frames, _width(folder)))
+        if folder.name in base.dtypes:
+            layout.set_shape(folder, (base.rows, base.frames, _width(folder)))
+            continue
+        (folder / "zarr.json").unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    return leftovers
 
 
 def _settle_small(base: Base) -> None:
@@ -286,8 +337,10 @@ def _settle_small(base: Base) -> None:
         folder = base.store / small.name
         extent = base.frames if small.axis == "frame" else _width(folder)
         width, chunk = json.loads((folder / "zarr.json").read_bytes())["chunk_grid"]["configuration"]["chunk_shape"]
-        for path in sorted(folder.glob("c.*")):
-            shard, column = (int(number) for number in path.name.split(".")[1:])
+        for path in sorted(folder.iterdir()):
+            shard, column = _numbers(path, 2)
+            if shard < 0:
+                continue
             first, there = shard * int(width), column * int(chunk) < extent
             kept = {row for row in range(int(width)) if there and first + row in present}
             try:
@@ -298,6 +351,27 @@ def _settle_small(base: Base) -> None:
         layout.set_shape(folder, (base.rows, extent))
     if damage is not None:
         raise damage
+
+
+def _numbers(path: Path, count: int) -> tuple[int, ...]:
+    """The numbers in the name of a shard, as `c.3.0`; negative ones for a file that is none."""
+    match = re.fullmatch("c" + r"\.(0|[1-9]\d*)" * count, path.name)
+    return tuple(map(int, match.groups())) if match else (-1,) * count
+
+
+def foreign_files(base: Base) -> tuple[str, ...]:
+    """Files in the folder that the format does not know, such as copies of shards that somebody made; sorted paths below it."""
+    own = {"zarr.json", base.attributes["index"], layout.SUBJECTS_FILE, layout.REPORT_FILE, layout.WITHDRAWALS_FILE}
+    own |= {"voxels/zarr.json", "voxels/c.0", "bold/zarr.json"}
+    shards = {f"bold/{dtype}": 3 for dtype in layout.BOLD_TYPES} | {small.name: 2 for small in layout.SMALL_ARRAYS}
+    found = []
+    for path in base.store.rglob("*"):
+        relative = path.relative_to(base.store)
+        count, name = shards.get(relative.parent.as_posix(), 0), relative.as_posix()
+        known = name in own or (count and (path.name == "zarr.json" or _numbers(path, count)[0] >= 0))
+        if not known and not path.is_dir() and relative.parts[0] not in (layout.STAGING, layout.DROPPING):
+            found.append(name)
+    return tuple(sorted(found))
 
 
 def _width(array: Path) -> int:

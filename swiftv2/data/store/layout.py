@@ -253,7 +253,11 @@ def index_name(version: int) -> str:
 
 
 def unfinished(store: Path) -> str | None:
-    """The change that was begun and neither finished nor given up: `build`, `append`, `drop`, or None."""
+    """The change that was begun and neither finished nor given up: `build`, `append`, `drop`, or None.
+
+    Raises:
+        SwiftError: the plan of an append is damaged.
+    """
     if (store / DROPPING / PLAN_FILE).is_file():
         return "drop"
     try:
@@ -262,7 +266,12 @@ def unfinished(store: Path) -> str | None:
         return None
     if not is_complete(store):
         return "build"
-    return None if int(plan["version"]) <= int(read_attributes(store)["version"]) else "append"
+    try:
+        version = int(plan["version"])
+    except (KeyError, TypeError, ValueError) as error:
+        text = f"{store / STAGING / PLAN_FILE} is damaged: give the append up by removing {store / STAGING}, then give it again"
+        raise SwiftError(text) from error
+    return None if version <= int(read_attributes(store)["version"]) else "append"
 
 
 def is_complete(store: Path) -> bool:

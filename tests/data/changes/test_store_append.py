@@ -285,7 +285,14 @@ def test_nothing_to_append_to(sources: Path, tmp_path: Path) -> None:
 
 
 def test_the_command(sources: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["store", "append", str(sources / "two"), str(store), "--json"]
+    bare = ["store", "append", str(sources / "two"), str(store)]
+    assert cli.main(bare) == 2
+    assert "say --cohort NAME" in (said := capsys.readouterr().err)
+    assert "has one" in said
+    for tr in ("nan", "0", "-1", "inf"):
+        assert cli.main([*bare, "--cohort", "two", f"--tr={tr}"]) == 2
+        assert "--tr" in capsys.readouterr().err
+    words = [*bare, "--cohort", "two", "--json"]
     assert cli.main([*words, "clean.detrend=true"]) == 2
     assert "clean.detrend" in capsys.readouterr().err
     assert cli.main(words) == 0

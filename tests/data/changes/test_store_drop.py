@@ -8,10 +8,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from store_changes import SALT, TINY, append_tiny, assert_same, build_tiny, drop_tiny, everything, save_cohort
-from store_files import bold_values, contents, save_run
+from store_changes import (
+    BOX,
+    SALT,
+    TINY,
+    Killed,
+    append_tiny,
+    assert_same,
+    build_tiny,
+    dies_at,
+    drop_tiny,
+    everything,
+    save_cohort,
+)
+from store_files import bold_values, contents, mni_affine, save_nifti, save_run
 
 from swiftv2 import cli, weights
+from swiftv2.config.data import GridConfig
 from swiftv2.data.changes.drop import drop, read_withdrawals
 from swiftv2.data.keys import subject_key
 from swiftv2.data.store import layout
@@ -277,6 +290,129 @@ def test_what_used_them_is_listed(store: Path, tmp_path: Path, capsys: pytest.Ca
     listed.write_text(f"{key}\n")
     assert cli.main(words) == 2
     assert "list their ids" in capsys.readouterr().err
+
+
+def test_who_was_named_does_not_come_later(store: Path, tmp_path: Path) -> None:
+    """Subjects who are not in the store (passed over, or all refused) and subjects who come under another cohort's name."""
+    drop_tiny(store, "omega00", "alpha77")
+    listed = tmp_path / "more.txt"
+    listed.write_text("stranger1\none/stranger2\n")
+    for _ in range(2):
+        report = drop(store, read_withdrawals(store, listed, ignore_unknown=True))
+        assert (report.version, report.unknown) == (3, 2)
+    assert read_withdrawals(store, listed).unknown == 2  # The store has heard of them.
+    assert len((store / layout.WITHDRAWALS_FILE).read_text().splitlines()) == 2
+    assert stat.S_IMODE((store / layout.WITHDRAWALS_FILE).stat().st_mode) == 0o600
+    names = ("omega00", "stranger1", "stranger2", "alpha77")
+    for number, name in enumerate((*names, "beta88", "delta11")):
+        save_run(tmp_path / "in", name, bold_values(40 + number, 9, TINY), run="9")
+    for cohort, elsewhere in (("one", 0), ("two", 4), ("three", 4)):
+        report = append_tiny(tmp_path / "in", store, cohort=cohort)
+        assert (report.taken, len(report.refused)) == (2, 4), cohort
+        found = [reason for _, reason in report.refused]
+        assert sum("in another cohort" in reason for reason in found) <= elsewhere
+        assert all("withdrawn" in reason for reason in found)
+    assert not any(name.encode() in data for data in contents(store).values() for name in names)
+    assert verify(store).ok
+
+
+def test_one_of_two_subjects_of_an_id_may_stay(store: Path, tmp_path: Path) -> None:
+    drop_tiny(store, "one/beta88")
+    save_run(tmp_path / "in", "beta88", bold_values(50, 9, TINY), run="9")
+    assert append_tiny(tmp_path / "in", store, cohort="two").taken == 1
+    with pytest.raises(SwiftError, match="withdrawn"):
+        append_tiny(tmp_path / "in", store, cohort="one")
+
+
+def test_what_an_append_left_that_was_given_up_goes(store: Path, tmp_path: Path) -> None:
+    before = contents(store)
+    save_run(tmp_path / "in", "gone55", bold_values(60, 9, TINY))
+    save_run(tmp_path / "in", "flat", np.full((*TINY, 6), 700, dtype=np.int16))
+    with pytest.raises(SwiftError, match="refused"):
+        append_tiny(tmp_path / "in", store, strict=True)
+    shutil.rmtree(store / layout.STAGING)
+    left = contents(store)
+    assert any(b"gone55" in data for data in left.values())
+    report = drop_tiny(store, "gone55")
+    assert (report.version, report.leftovers, report.runs) == (2, 1, ())
+    after = contents(store)
+    assert not any(b"gone55" in data for data in after.values())
+    assert {name: data for name, data in after.items() if "/c." in name} == {n: d for n, d in before.items() if "/c." in n}
+
+
+def test_foreign_files_neither_hinder_it_nor_stay_unseen(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign = ["bold/int16/c.old", "bold/int16/c.0.0.0.bak", "brain/c.0.0~", "voxel_mean/c.0.0.bak"]
+    for name in foreign:
+        (store / name).write_bytes(b"copy")
+    listed = tmp_path / "list.txt"
+    listed.write_text("gamma99\n")
+    assert cli.main(["store", "drop", str(store), "--subjects", str(listed), "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["foreign"] == sorted(foreign)
+    assert "4 files" in said.err
+    assert "may hold copies of withdrawn data" in said.err
+    assert len(said.err.splitlines()) == 1
+    assert all((store / name).read_bytes() == b"copy" for name in foreign)
+
+
+def test_a_list_without_names_is_refused(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("participant_id\n\n# none yet\n")
+    with pytest.raises(UsageError, match="names no subject"):
+        read_withdrawals(store, tmp_path / "list")
+
+
+def test_lines_of_files_without_subject_go_by_their_names(store: Path, tmp_path: Path) -> None:
+    for name in ("scan_zeta44_bold", "scan_zeta441_bold"):
+        save_nifti(tmp_path / "plain" / f"{name}.nii.gz", bold_values(1, 9, TINY), mni_affine())
+    save_run(tmp_path / "plain", "new", bold_values(2, 9, TINY))
+    space = GridConfig(space=BOX.space)
+    report = append_tiny(str(tmp_path / "plain" / "**" / "*bold.nii.gz"), store, grid=space)
+    assert len(report.refused) == 2
+    assert b"zeta44_" in (store / layout.REPORT_FILE).read_bytes()
+    drop_tiny(store, "zeta44")
+    text = (store / layout.REPORT_FILE).read_text()
+    assert "zeta44_" not in text
+    assert "zeta441_" in text
+
+
+def test_a_killed_drop_that_is_finished_is_told(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Killed), dies_at(6, monkeypatch):
+        drop_tiny(store, "gamma99")
+    assert layout.unfinished(store) == "drop"
+    words = ["store", "drop", str(store), "--subjects", str(store.with_name("withdrawn.txt"))]
+    assert cli.main(words) == 0
+    assert "a drop that was killed was finished first" in capsys.readouterr().out
+    assert cli.main(words) == 0
+    assert "finished first" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (layout.REPORT_FILE, "{}\n", "line 1 is damaged"),
+        (layout.REPORT_FILE, '{"version": 1}\n{"ver', "line 2 is damaged"),
+        (layout.WITHDRAWALS_FILE, "[]\n", "line 1 is damaged"),
+        (layout.SUBJECTS_FILE, "[]", "restore it from a copy, or ask the store's owner"),
+        (layout.SUBJECTS_FILE, "", "restore it from a copy, or ask the store's owner"),
+        (f"{layout.STAGING}/{layout.PLAN_FILE}", "{}", "damaged"),
+        (f"{layout.DROPPING}/{layout.PLAN_FILE}", "{}", "damaged"),
+        (f"{layout.DROPPING}/{layout.PLAN_FILE}", "[]", "damaged"),
+    ],
+)
+def test_damaged_small_files_are_one_line(name: str, content: str, message: str, store: Path, tmp_path: Path) -> None:
+    (store / name).parent.mkdir(exist_ok=True)
+    (store / name).write_text(content)
+    with pytest.raises(SwiftError, match=message) as error:
+        drop_tiny(store, "gamma99")
+    assert "build it again" not in str(error.value)
+    save_run(tmp_path / "in", "new", bold_values(2, 9, TINY))
+    with pytest.raises(SwiftError, match=message) as error:
+        append_tiny(tmp_path / "in", store)
+    assert "build it again" not in str(error.value)
 
 
 def test_no_store(tmp_path: Path) -> None:

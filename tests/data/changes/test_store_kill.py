@@ -206,7 +206,7 @@ def test_ranks_killed_at_random_moments(many: Path, tmp_path: Path) -> None:
         if verb == "drop":
             return ["store", "drop", str(folder), "--subjects", str(listed)]
         source = many / ("one" if verb == "build" else "two")
-        return ["store", verb, str(source), str(folder), "--salt", SALT, *grid]
+        return ["store", verb, str(source), str(folder), "--cohort", source.name, "--salt", SALT, *grid]
 
     kills = 0
     for seed, (verb, ranks) in enumerate([("build", [2, 2, 1]), ("append", [2, 1, 2]), ("drop", [1, 1])]):
