@@ -170,8 +170,8 @@ class Prefetcher:
             self._found.add(fault.clip)
             if self._most_faults is not None and len(self._found) > self._most_faults:
                 raise RankError(
-                    f"{len(self._found)} clips of no use on this rank, more than data.quarantine_limit allows; the last, of run "
-                    f"{fault.run}: {fault.reason}"
+                    f"{len(self._found)} clips of no use on this rank, more than data.quarantine_limit allows; the last, "
+                    f"of run {fault.run}: {fault.reason}"
                 )
 
     def _replace(self, batch: Batch, place: int, fault: Fault) -> bool:
