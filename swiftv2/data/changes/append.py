@@ -9,7 +9,7 @@ from swiftv2.config.data import GridConfig
 from swiftv2.data.changes.assemble import take
 from swiftv2.data.changes.drop import finish_drop
 from swiftv2.data.changes.plan import UNTOUCHED, Options, choose_salt, source_digest
-from swiftv2.data.changes.publish import BuildReport, Job, report_of
+from swiftv2.data.changes.publish import BuildReport, Job, refuse_unused_labels, report_of
 from swiftv2.data.changes.tally import Progress
 from swiftv2.data.changes.versions import Base, finish_append, read_base, read_lines
 from swiftv2.data.ingest.discover import discover
@@ -59,7 +59,8 @@ def append(
         clean: what is set in it must be as the store has it.
 
     Raises:
-        UsageError: nothing found, settings or labels that contradict the store's, or another append is unfinished.
+        UsageError: nothing found, settings or labels that contradict the store's, labels without a run that would bring
+            them, or another append is unfinished.
         SwiftError: no store, no run can be taken, a refusal under `strict`, or a failure to write.
     """
     ranks = comm or Alone()
@@ -69,9 +70,11 @@ def append(
     chosen = on_first(ranks, lambda: choose_salt(store, salt))
     digest = source_digest(discovery.sources, options, chosen)
     known = on_first(ranks, lambda: _already_there(base, digest))
-    if known is not None:
-        return known
-    return take(Job(store, discovery, options, chosen, base, strict), ranks, progress)
+    job = Job(store, discovery, options, chosen, base, strict)
+    report = take(job, ranks, progress) if known is None else known
+    if labels is not None and report.nothing_to_do:
+        on_first(ranks, lambda: refuse_unused_labels(job))
+    return report
 
 
 def _ready(store: Path) -> Base:

@@ -71,7 +71,7 @@ def _named(refused: Iterable[Refused]) -> tuple[tuple[str, str], ...]:
 def _plan(job: Job, inspected: list[Inspected]) -> Plan:
     plan = make_plan(job.discovery, inspected, job.options, job.salt, job.base)
     if job.base is not None:
-        subjects_of(job, plan, ())  # Labels that contradict the store's stop it before anything is written.
+        subjects_of(job, plan.candidates, ())  # Labels that contradict the store's stop it before anything is written.
     return plan
 
 

@@ -7,9 +7,9 @@ from swiftv2.config.clean import CleanConfig
 from swiftv2.config.data import GridConfig
 from swiftv2.data.changes.assemble import take
 from swiftv2.data.changes.plan import UNTOUCHED, Options, choose_salt, source_digest
-from swiftv2.data.changes.publish import BuildReport, Job, report_of
+from swiftv2.data.changes.publish import BuildReport, Job, refuse_unused_labels, report_of
 from swiftv2.data.changes.tally import Progress
-from swiftv2.data.changes.versions import finish_append, read_lines
+from swiftv2.data.changes.versions import finish_append, read_base, read_lines
 from swiftv2.data.ingest.discover import discover
 from swiftv2.data.ranks import Alone, Communicator, on_first
 from swiftv2.data.store import layout
@@ -51,7 +51,8 @@ def build(
         clean: how time courses are cleaned; untouched by default.
 
     Raises:
-        UsageError: nothing found, mixed spaces, or a destination that holds something else.
+        UsageError: nothing found, mixed spaces, a destination that holds something else, or labels that a store which is
+            there already does not have.
         SwiftError: no run can be taken, a refusal under `strict`, or a failure to write.
     """
     ranks = comm or Alone()
@@ -61,6 +62,8 @@ def build(
     digest = source_digest(discovery.sources, options, chosen)
     known = on_first(ranks, lambda: _already_built(store, digest))
     if known is not None:
+        if labels is not None:
+            on_first(ranks, lambda: refuse_unused_labels(Job(store, discovery, options, chosen, read_base(store), strict)))
         return known
     return take(Job(store, discovery, options, chosen, None, strict), ranks, progress)
 

@@ -23,6 +23,7 @@ from swiftv2.data.changes.versions import (
     writing,
 )
 from swiftv2.data.ingest.discover import Discovery
+from swiftv2.data.ingest.run import Candidate
 from swiftv2.data.keys import salt_id, subject_key
 from swiftv2.data.labels import LabelRow, merge
 from swiftv2.data.store import layout
@@ -151,7 +152,7 @@ def commit(job: Job, plan: Plan, runs: tuple[Run, ...], refused: tuple[Refused, 
     lines = runs if job.base is None else (*job.base.runs, *runs)
     index = encode_runs(lines)
     write_file(job.store / layout.index_name(plan.version), index)
-    write_subjects(job.store, subjects_of(job, plan, runs))
+    write_subjects(job.store, subjects_of(job, plan.candidates, runs))
     change = {
         "version": plan.version,
         "change": job.command,
@@ -184,7 +185,20 @@ def commit(job: Job, plan: Plan, runs: tuple[Run, ...], refused: tuple[Refused, 
     layout.write_attributes(job.store, attributes)
 
 
-def subjects_of(job: Job, plan: Plan, runs: tuple[Run, ...]) -> dict[str, Any]:
+def refuse_unused_labels(job: Job) -> None:
+    """Refuse label tables that say more than the store has where a command finds no run to take, and so changes nothing.
+
+    Raises:
+        UsageError: they say more, or something else.
+    """
+    if subjects_of(job, (), ())["labels"] != read_subjects(job.store)["labels"]:
+        raise UsageError(
+            f"--labels: {job.store} has all runs already, and labels come with new runs only: nothing is changed; leave "
+            "--labels out, or build another store"
+        )
+
+
+def subjects_of(job: Job, candidates: tuple[Candidate, ...], runs: tuple[Run, ...]) -> dict[str, Any]:
     """The file of ids: what it holds of runs that are present, and what is new.
 
     Raises:
@@ -202,16 +216,16 @@ def subjects_of(job: Job, plan: Plan, runs: tuple[Run, ...]) -> dict[str, Any]:
             LabelRow(one["subject"], one["session"], one["task"], one["run"], "", tuple(one["values"].items()))
             for one in former
         ]
-    ids = {candidate.subject: candidate.source.subject for candidate in plan.candidates}
+    ids = {candidate.subject: candidate.source.subject for candidate in candidates}
     for run in runs:
         subjects.setdefault(run.subject, {"cohort": cohort, "id": ids[run.subject]})
-    keyed = [replace(row, subject=subject_key(plan.salt, cohort, row.subject), file="") for row in plan.labels]
+    keyed = [replace(row, subject=subject_key(job.salt, cohort, row.subject), file="") for row in job.discovery.labels]
     try:
         merged = merge([*labels, *(row for row in keyed if row.subject in present)])
     except UsageError as error:
         raise UsageError(f"the labels differ from those in the store: {error}" if job.base else str(error)) from error
     return {
-        "salt": plan.salt,
+        "salt": job.salt,
         "subjects": {key: subjects[key] for key in sorted(subjects)},
         "labels": [{**dict(zip(_KEYS, row.name, strict=True)), "values": dict(row.values)} for row in merged],
     }

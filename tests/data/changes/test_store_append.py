@@ -157,6 +157,22 @@ def test_labels_add_up_and_may_not_differ(store: Path, tmp_path: Path) -> None:
     }
 
 
+def test_labels_without_a_run_that_brings_them_are_refused(sources: Path, store: Path, tmp_path: Path) -> None:
+    table = tmp_path / "more.tsv"
+    table.write_text("participant_id\tage\tsex\na\t20\tm\nd\t26\tf\n")
+    same = sources / "one" / "participants.tsv"
+    append_tiny(sources / "two", store)
+    before = contents(store)
+    with pytest.raises(UsageError, match="--labels"):
+        build_tiny(sources / "one", store, labels=table)
+    with pytest.raises(UsageError, match="--labels"):
+        append_tiny(sources / "one", store, cohort="one", labels=table)
+    # What a command that is given again says is in the store.
+    assert build_tiny(sources / "one", store, labels=same).nothing_to_do
+    assert append_tiny(sources / "one", store, cohort="one", labels=same).nothing_to_do
+    assert contents(store) == before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
