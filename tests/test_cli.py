@@ -279,7 +279,7 @@ def test_build_info_verify(call: Call, files: Path, tmp_path: Path) -> None:
     ):
         assert re.search(fact, text), fact
     checked = call.json("store", "verify", store)
-    assert checked == {"ok": True, "runs": 2, "bytes": built["bytes"], "bad": []}
+    assert checked == {"ok": True, "runs": 2, "bytes": built["bytes"], "bad": [], "notes": []}
     assert "2 runs" in call("store", "verify", store)
     assert contents(store) == before
 
