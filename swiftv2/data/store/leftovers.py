@@ -48,7 +48,8 @@ def folder_problems(store: Store) -> Iterator[Problem]:
     shards_of = {(run.dtype, run.row): -(-run.frames // lengths[run.dtype]) for run in store.runs if run.present}
     unknown: dict[str, list[str]] = {}
     staging = set()
-    shards = -(-int(_open(store, layout.SMALL_ARRAYS[0].name).shape[0]) // layout.ROWS_PER_SHARD)
+    name = layout.SMALL_ARRAYS[0].name
+    shards = -(-int(_open(store, name).shape[0]) // layout.rows_of_shard(store.path / name))
     for path in sorted(store.path.rglob("*")):
         relative = path.relative_to(store.path)
         top = relative.parts[0]

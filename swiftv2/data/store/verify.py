@@ -126,7 +126,7 @@ def _jobs(store: Store) -> list[_Job]:
     jobs = [_Job("", index, run.bytes) for index, run in enumerate(store.runs) if run.present]
     for small in layout.SMALL_ARRAYS:
         rows = int(_open(store, small.name).shape[0])
-        jobs += [_Job(small.name, shard, 0) for shard in range(-(-rows // layout.ROWS_PER_SHARD))]
+        jobs += [_Job(small.name, shard, 0) for shard in range(-(-rows // layout.rows_of_shard(store.path / small.name)))]
     return sorted(jobs, key=lambda job: (-job.size, job.array, job.number))
 
 
@@ -245,8 +245,8 @@ def _whole_store(store: Store) -> Iterator[str]:
 def _check_shared(store: Store, job: _Job) -> list[Problem]:
     """One shard of a small array: its bytes, and that rows without a present run are empty."""
     small = next(small for small in layout.SMALL_ARRAYS if small.name == job.array)
-    array, first = _open(store, small.name), job.number * layout.ROWS_PER_SHARD
-    last = min(first + layout.ROWS_PER_SHARD, int(array.shape[0]))
+    array, width = _open(store, small.name), layout.rows_of_shard(store.path / small.name)
+    first, last = job.number * width, min((job.number + 1) * width, int(array.shape[0]))
     begin, end = (bisect.bisect_left(store.runs, row, key=lambda run: run.row) for row in (first, last))
     runs = {run.row: run for run in store.runs[begin:end]}
     paths = sorted((store.path / small.name).glob(f"c.{job.number}.*"))
@@ -274,7 +274,7 @@ def _check_shared(store: Store, job: _Job) -> list[Problem]:
 def _shard_problems(path: Path, rows: int) -> Iterator[str]:
     """What one file of a small array, which holds so many rows, shows before its rows are decoded."""
     try:
-        places, loose = _places(path, layout.ROWS_PER_SHARD)
+        places, loose = _places(path, layout.rows_of_shard(path.parent))
     except ChunkError:
         yield "is damaged (its index): restore it from a copy"
         return
@@ -300,7 +300,8 @@ def _check_run(store: Store, index: int) -> list[str]:
         try:
             rows[small.name] = _small_row(store, small.name, index)
         except SwiftError:
-            problems.append(f"its row of {small.name} is damaged: restore {small.name}/c.{run.row // layout.ROWS_PER_SHARD}.*")
+            number = run.row // layout.rows_of_shard(store.path / small.name)
+            problems.append(f"its row of {small.name} is damaged: restore {small.name}/c.{number}.*")
     if len(rows) < len(layout.SMALL_ARRAYS):
         return problems
     if bold.dtype.kind == "f" and not np.isfinite(bold).all():
@@ -399,6 +400,4 @@ def _check_numbers(run: Run, bold: Any, rows: dict[str, Any]) -> list[str]:
     flags = [
         name for name in ("censored", "non_steady_state") if rows[name] is not None and not np.isin(rows[name], (0, 1)).all()
     ]
-    return problems + [
-        f"its {name} flags are neither 0 nor 1: restore {name}/c.{run.row // layout.ROWS_PER_SHARD}.*" for name in flags
-    ]
+    return problems + [f"its {name} flags are neither 0 nor 1: restore the files of {name}" for name in flags]

@@ -307,9 +307,9 @@ def test_who_was_named_does_not_come_later(store: Path, tmp_path: Path) -> None:
     for number, name in enumerate((*names, "beta88", "delta11")):
         save_run(tmp_path / "in", name, bold_values(40 + number, 9, TINY), run="9")
     for cohort, elsewhere in (("one", 0), ("two", 4), ("three", 4)):
-        report = append_tiny(tmp_path / "in", store, cohort=cohort)
-        assert (report.taken, len(report.refused)) == (2, 4), cohort
-        found = [reason for _, reason in report.refused]
+        appended = append_tiny(tmp_path / "in", store, cohort=cohort)
+        assert (appended.taken, len(appended.refused)) == (2, 4), cohort
+        found = [reason for _, reason in appended.refused]
         assert sum("in another cohort" in reason for reason in found) <= elsewhere
         assert all("withdrawn" in reason for reason in found)
     assert not any(name.encode() in data for data in contents(store).values() for name in names)
