@@ -285,8 +285,8 @@ class ShardedArray:
             whole = pieces[-1].offset + pieces[-1].length - pieces[0].offset
             os.posix_fadvise(shard.descriptor, pieces[0].offset, whole, os.POSIX_FADV_WILLNEED)
         for piece, target in zip(pieces, targets, strict=True):
-            chunk = memoryview(os.pread(shard.descriptor, piece.length, piece.offset))
-            if len(chunk) != piece.length:
+            chunk = _scratch(piece.length)
+            if os.preadv(shard.descriptor, [chunk], piece.offset) != piece.length:
                 raise ChunkError("the shard is cut short", piece.first, piece.stop)
             if not _sound(chunk):
                 raise ChunkError("the checksum fails", piece.first, piece.stop)
@@ -294,6 +294,17 @@ class ShardedArray:
                 blosc.decompress(chunk[:-_CHECKSUM_BYTES], target)
             except (RuntimeError, ValueError) as error:
                 raise ChunkError("a chunk cannot be decompressed", piece.first, piece.stop) from error
+
+
+_threads = threading.local()
+
+
+def _scratch(length: int) -> memoryview:
+    """This thread's memory for encoded bytes: fresh memory for each chunk would cost more than reading it."""
+    kept: bytearray | None = getattr(_threads, "scratch", None)
+    if kept is None or len(kept) < length:
+        kept = _threads.scratch = bytearray(length)
+    return memoryview(kept)[:length]
 
 
 def _sound(data: memoryview) -> bool:
