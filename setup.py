@@ -41,6 +41,7 @@ setup(
     extras_require={
         "mpi": ["mpich>=4.2"],
         "migrate": ["h5py>=3.11"],
+        "benchmarks": ["h5py>=3.11", "tensorstore>=0.1.80", "zarrs>=0.2"],
         "dev": [
             "h5py>=3.11",
             "hypothesis>=6.100",

@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import datetime as dt
+import importlib.util
 import mmap
 import os
 import platform
@@ -32,7 +33,8 @@ BEGIN, END = "benchmark-begins-here", "benchmark-ends-here"
 def page(title: str, packages: Sequence[str], body: Iterable[str]) -> str:
     """A result page in markdown: date, hardware, commit, versions, command, then the body's lines."""
     today = dt.datetime.now(dt.UTC).date().isoformat()
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    here = [name for name in packages if importlib.util.find_spec(name)]
+    versions = ", ".join(f"{name} {version(name)}" for name in here)
     lines = [f"# {title}, {today}", "", f"Hardware: {hardware()}. Commit {commit()}.", ""]
     lines += [f"Python {platform.python_version()}, {versions}.", "", "```", command(), "```", "", *body]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
