@@ -27,6 +27,7 @@ from machine import child, cpu_seconds, memory, page, parser, prose, run_childre
 from swiftv2.config.data import GridConfig
 from swiftv2.data.changes.build import build
 from swiftv2.data.ranks import Alone, Communicator, MPICommunicator
+from swiftv2.data.store import layout
 from swiftv2.data.store.reader import Store
 from swiftv2.errors import SwiftError
 from swiftv2.files import write_file
@@ -122,7 +123,7 @@ def rates(source: Cohort, folder: Path, voxel_mm: float) -> Iterator[str]:
     yield from prose(
         f"The store: {size / 1e6:.0f} MB, {size / full:.3f} of the full volumes; {bold} shards of BOLD, "
         f"{bold / len(opened):.2f} a run, and {files - bold} other files, whose number grows by "
-        f"{len(_small(builds[1].store))} every 64 runs. The stores of one rank and of two are "
+        f"{len(_small(builds[1].store))} every {layout.ROWS_PER_SHARD} runs. The stores of one rank and of two are "
         f"{'equal byte for byte' if alike else 'NOT EQUAL'}. The time is that of `build` in its ranks; starting Python and "
         "MPI is not in it."
     )
@@ -191,7 +192,7 @@ def arithmetic(opened: Store, rate: float, size: int, line: tuple[float, float])
     each = size / sum(run.frames for run in opened.runs)
     kept = FRAMES_OF_SUBJECT * len(opened.voxels) * np.dtype(opened.runs[0].dtype).itemsize
     small = len(_small(opened.path))
-    files = SUBJECTS + small * -(-SUBJECTS // 64)
+    files = SUBJECTS + small * -(-SUBJECTS // layout.ROWS_PER_SHARD)
     yield from prose(
         f"Arithmetic from the above, for {SUBJECTS:,} subjects of {FRAMES_OF_SUBJECT} frames ({frames / 1e6:.1f} million "
         f"frames) on {RANKS} ranks that are as fast as one of the two ranks here ({rate:.1f} frames/s) and on a file system "
@@ -212,7 +213,7 @@ def arithmetic(opened: Store, rate: float, size: int, line: tuple[float, float])
 
 
 def _small(store: Path) -> list[Path]:
-    """The arrays whose shards are shared by 64 runs."""
+    """The arrays whose shards are shared by runs."""
     return [path for path in store.iterdir() if path.is_dir() and any(path.glob("c.*.*"))]
 
 
