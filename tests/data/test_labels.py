@@ -123,8 +123,10 @@ def test_ids_that_match_nobody_are_refused_by_their_shape(tmp_path: Path) -> Non
 
 def test_some_ids_are_enough(tmp_path: Path) -> None:
     path = table(tmp_path / "t.csv", "subject,age", "sub-1,10", "2,11")
-    check_labels(read_labels([path]), runs_of(("1", ""), ("3", ""), ("", "")))
-    check_labels(read_labels([path]), runs_of(("", "")))
+    labels = read_labels([path])
+    runs = runs_of(("1", ""), ("3", ""), ("", ""))
+    check_labels(labels, runs)
+    assert [values.get("age") for values in join_labels(labels.rows, runs)] == ["10", None, None]
 
 
 def test_sessions_that_no_run_has_are_refused(tmp_path: Path) -> None:
