@@ -17,7 +17,7 @@ ALLOWED = {
     "models": {"errors", "config"},
     "engine": {"errors", "files", "config"},
     "weights": {"errors", "files", "config", "models"},
-    "plan": {"errors", "config", "models"},
+    "plan": {"errors", "files", "config", "models"},
     "report": {"errors", "config"},
     "terminal": {"errors"},
     "recipes": {"errors", "files", "config", "weights", "plan", "report"} | WINGS,
