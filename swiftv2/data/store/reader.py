@@ -199,7 +199,7 @@ class Store:
         size = run.bytes if run.frames <= array.shard_length else None
         direct = out if out is not None and stride == 1 else None
         whole = np.empty((stop - start, len(self.voxels)), dtype=run.dtype) if direct is None else direct
-        self._checked(what, lambda: array.read_frames(run.row, start, stop, whole, size))
+        self._checked(what, lambda: array.read_frames(run.row, start, stop, whole, size), run)
         if out is None or stride == 1:
             return whole[::stride]
         out[...] = whole[::stride]
@@ -225,7 +225,7 @@ class Store:
         return row
 
     def _refuse_missing(self, run: Run, name: str) -> NoReturn:
-        self._check_unchanged(f"run {run.key}, {name}")
+        self._refuse_withdrawn(f"run {run.key}, {name}", run)
         raise DamagedError(f"store {self.path}: run {run.key}, {name} is missing: restore {name} from a copy or build again")
 
     def frame_values(self, name: str, run_index: int) -> npt.NDArray[Any] | None:
@@ -296,15 +296,16 @@ class Store:
 
     def _row(self, name: str, run_index: int) -> npt.NDArray[Any]:
         run = self.runs[run_index]
-        return self._checked(f"run {run.key}, {name}", lambda: self._arrays[name].read_row(run.row))
+        return self._checked(f"run {run.key}, {name}", lambda: self._arrays[name].read_row(run.row), run)
 
-    def _checked(self, what: str, read: Callable[[], Result]) -> Result:
+    def _checked(self, what: str, read: Callable[[], Result], run: Run | None = None) -> Result:
         if os.getpid() != self._pid:
             raise SwiftError(f"store {self.path} was opened before a fork: open it in the child, or spawn workers")
         try:
             return read()
         except ChunkError as error:
-            self._check_unchanged(what)
+            if run is not None:
+                self._refuse_withdrawn(what, run)
             where = f", in frames {error.first} to {error.stop - 1}" if "frames" in what and error.stop else ""
             raise DamagedError(
                 f"store {self.path}: {what} cannot be read ({error}{where}): restore the file from a copy or build again; "
@@ -314,18 +315,20 @@ class Store:
             reason = error.strerror or type(error).__name__
             raise SwiftError(f"store {self.path}: {what} cannot be read now ({reason}): mend that and start again") from error
 
-    def _check_unchanged(self, what: str) -> None:
+    def _refuse_withdrawn(self, what: str, run: Run) -> None:
         """Tell what is gone because it was withdrawn from what is damaged.
 
         Raises:
-            SwiftError: the store has another version by now, in which something was withdrawn.
+            SwiftError: the store has another version by now, in which this run is withdrawn.
         """
-        now = layout.read_attributes(self.path)
-        later = [one["version"] for one in now["history"] if one["version"] > self.version and one["change"] == "drop"]
-        if later:
+        history = layout.read_attributes(self.path)["history"]
+        if not any(one["version"] > self.version and one["change"] == "drop" for one in history):
+            return  # The index of a large cohort takes seconds: it is read only where it can tell anything new.
+        now = next((one for one in read_index(self.path)[1] if one.key == run.key), run)
+        if now.withdrawn:
             raise SwiftError(
-                f"store {self.path}: {what}: gone, since subjects were withdrawn in version {later[-1]} of the store: give the "
-                "same command again, it goes on without them"
+                f"store {self.path}: {what}: gone, since its subject was withdrawn in version {now.withdrawn} of the store: "
+                "give the same command again, it goes on without it"
             )
 
 

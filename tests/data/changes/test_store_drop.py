@@ -30,7 +30,7 @@ from swiftv2.data.keys import subject_key
 from swiftv2.data.store import layout
 from swiftv2.data.store.reader import Run, Store
 from swiftv2.data.store.verify import verify
-from swiftv2.errors import SwiftError, UsageError
+from swiftv2.errors import DamagedError, SwiftError, UsageError
 
 KEPT = {"key", "subject", "cohort", "session", "task", "run", "row", "dtype", "frames", "tr", "space", "steady_from", "since"}
 IDS = ("alpha77", "beta88", "gamma99")
@@ -133,6 +133,26 @@ def test_a_reader_of_the_former_version_meets_an_error_not_zeros(store: Path) ->
         reader.read_bold(index, 0, 5)
     other = next(i for i, run in enumerate(reader.runs) if run.subject != key)
     reader.read_bold(other, 0, 5)
+
+
+def test_damage_of_another_run_is_not_told_as_withdrawal(store: Path) -> None:
+    """A reader that opened the store before the drop meets a damaged, a lost and a withdrawn run."""
+    reader = Store.open(store)
+    names = ("gamma99", "alpha77", "delta11")
+    keys = [subject_key(SALT, cohort, name) for cohort, name in zip(("one", "one", "two"), names, strict=True)]
+    gone, damaged, lost = (next(i for i, run in enumerate(reader.runs) if run.subject == key) for key in keys)
+    drop_tiny(store, "gamma99")
+    for index in (damaged, lost):
+        shard, *_ = layout.bold_shards(store, reader.runs[index].dtype, reader.runs[index].row)
+        if index == lost:
+            shard.unlink()
+        else:
+            shard.write_bytes(bytes(200) + shard.read_bytes()[200:])
+        with pytest.raises(DamagedError, match=f"run {reader.runs[index].key}.*restore the file"):
+            reader.read_bold(index, 0, 5)
+    with pytest.raises(SwiftError, match="withdrawn in version 3") as told:
+        reader.read_bold(gone, 0, 5)
+    assert not isinstance(told.value, DamagedError)
 
 
 def test_the_list_may_name_subjects_in_many_ways(store: Path, tmp_path: Path) -> None:
