@@ -14,6 +14,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
+from swiftv2.data.store.shards import ABSENT, ChunkError, read_shard_index
 from swiftv2.errors import SwiftError
 from swiftv2.files import sync, write_file
 
@@ -39,8 +40,6 @@ PRIVATE, PRIVATE_FOLDER = 0o600, 0o700
 
 Compression = Literal["none", "lz4", "zstd"]
 AnyArray = npt.NDArray[Any]
-_ABSENT = ((1 << 64) - 1, (1 << 64) - 1)
-"""Place of a chunk that holds the fill value only and is not written."""
 
 
 @dataclass(frozen=True)
@@ -215,21 +214,18 @@ def keep_rows(shard: Path, keep: Set[int]) -> None:
         SwiftError: the shard's own index is damaged.
     """
     rows = rows_of_shard(shard.parent)
-    length = 16 * rows + 4
     with shard.open("rb") as stream:
-        size = shard.stat().st_size
-        stream.seek(max(0, size - length))
-        table = stream.read()
-        if len(table) != length or crc32c.crc32c(table[:-4]) != int.from_bytes(table[-4:], "little"):
+        try:
+            places = read_shard_index(stream.fileno(), shard.stat().st_size, rows)
+        except ChunkError as error:
             raise SwiftError(
                 f"{shard} is damaged (the index of the shard): restore it from a copy, then give the command again"
-            )
-        places = list(struct.iter_unpack("<2Q", table[:-4]))
-        there = sorted((place, row) for row, place in enumerate(places) if place != _ABSENT)
+            ) from error
+        there = sorted((place, row) for row, place in enumerate(places) if place != (ABSENT, ABSENT))
         kept = [(place, row) for place, row in there if row in keep]
         if len(kept) == len(there):
             return
-        content, places = bytearray(), [_ABSENT] * rows
+        content, places = bytearray(), [(ABSENT, ABSENT)] * rows
         for (offset, count), row in kept:
             stream.seek(offset)
             places[row] = (len(content), count)
