@@ -9,9 +9,9 @@ from swiftv2.config.data import GridConfig
 from swiftv2.data.changes.assemble import take
 from swiftv2.data.changes.drop import finish_drop
 from swiftv2.data.changes.plan import UNTOUCHED, Options, choose_salt, source_digest
-from swiftv2.data.changes.publish import BuildReport, Job, refuse_unused_labels, report_of
+from swiftv2.data.changes.publish import BuildReport, Job, refuse_unused_labels, report_again
 from swiftv2.data.changes.tally import Progress
-from swiftv2.data.changes.versions import Base, finish_append, read_base, read_lines
+from swiftv2.data.changes.versions import Base, finish_append, read_base
 from swiftv2.data.ingest.discover import discover
 from swiftv2.data.ranks import Alone, Communicator, on_first
 from swiftv2.data.store import layout
@@ -133,8 +133,4 @@ def _already_there(base: Base, digest: str) -> BuildReport | None:
     change = base.history(digest)
     if change is None or change["refused"]:
         return None
-    version = int(change["version"])
-    runs = tuple(run for run in base.runs if run.since == version and run.present)
-    lines = [line for line in read_lines(base.store / layout.REPORT_FILE) if line["version"] == version]
-    refused = tuple((line["run"], line["reason"]) for line in lines if line["status"] == "refused")
-    return report_of(base.store, version, runs, refused, 0, nothing_to_do=True)
+    return report_again(base.store, int(change["version"]), base.runs)

@@ -7,9 +7,9 @@ from swiftv2.config.clean import CleanConfig
 from swiftv2.config.data import GridConfig
 from swiftv2.data.changes.assemble import take
 from swiftv2.data.changes.plan import UNTOUCHED, Options, choose_salt, source_digest
-from swiftv2.data.changes.publish import BuildReport, Job, refuse_unused_labels, report_of
+from swiftv2.data.changes.publish import BuildReport, Job, refuse_unused_labels, report_again
 from swiftv2.data.changes.tally import Progress
-from swiftv2.data.changes.versions import finish_append, read_base, read_lines
+from swiftv2.data.changes.versions import finish_append, read_base
 from swiftv2.data.ingest.discover import discover
 from swiftv2.data.ranks import Alone, Communicator, on_first
 from swiftv2.data.store import layout
@@ -76,7 +76,4 @@ def _already_built(store: Path, digest: str) -> BuildReport | None:
             f"{store} holds a store of other files or options: give another folder, remove it first, or `swiftv2 store append`"
         )
     finish_append(store)
-    lines = [line for line in read_lines(store / layout.REPORT_FILE) if line["version"] == 1]
-    refused = tuple((line["run"], line["reason"]) for line in lines if line["status"] == "refused")
-    runs = (run for run in Store.open(store).runs if run.since == 1 and run.present)
-    return report_of(store, 1, runs, refused, 0, nothing_to_do=True)
+    return report_again(store, 1, Store.open(store).runs)

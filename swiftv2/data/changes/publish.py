@@ -122,6 +122,20 @@ def report_of(
     return BuildReport(version, len(taken), present, refused, frames, size, report, nothing_to_do)
 
 
+def report_again(store: Path, version: int, runs: Iterable[Run]) -> BuildReport:
+    """The report of a change that made a version of the store before: what is left of its runs, and what it refused.
+
+    Args:
+        store: folder of the store.
+        version: that the change made.
+        runs: of the newest version.
+    """
+    lines = (line for line in read_lines(store / layout.REPORT_FILE) if line["version"] == version)
+    refused = tuple((line["run"], line["reason"]) for line in lines if line["status"] == "refused")
+    taken = (run for run in runs if run.since == version and run.present)
+    return report_of(store, version, taken, refused, 0, nothing_to_do=True)
+
+
 def write_report(job: Job, plan: Plan, runs: list[Run], refused: list[Refused]) -> None:
     """Put what becomes of each file into the report, in place of what an interrupted attempt wrote there.
 
