@@ -280,8 +280,3 @@ def join_labels(rows: Iterable[LabelRow], runs: Sequence[RunName]) -> list[dict[
                 values.update(row.values)
         joined.append(values)
     return joined
-
-
-def unlabelled(rows: Iterable[LabelRow], runs: Sequence[RunName]) -> int:
-    """How many runs no line fits."""
-    return sum(not values for values in join_labels(rows, runs))
