@@ -57,6 +57,7 @@ from swiftv2.config.model import MaskConfig, ModelConfig
 from swiftv2.data.samples.batches import BatchReader
 from swiftv2.data.samples.clips import index_clips
 from swiftv2.data.samples.order import SampleOrder
+from swiftv2.data.samples.reading import Reading
 from swiftv2.data.store.reader import Store
 from swiftv2.errors import SwiftError
 from swiftv2.plan import plan_model
@@ -229,7 +230,8 @@ def loader(path: Path, options: argparse.Namespace) -> Iterator[str]:
             for cold in (True, False):
                 drop(shards) if cold else fill(shards)
                 order = SampleOrder(number, len(clips))
-                reader = BatchReader(opened, clips, order, mask, NormalisationConfig(), seed=0, micro_batch=4, threads=threads)
+                reading = Reading(threads=threads)
+                reader = BatchReader(opened, clips, order, mask, NormalisationConfig(), seed=0, micro_batch=4, reading=reading)
                 with reader:
                     cpu, begun = cpu_seconds(), time.perf_counter()
                     for _ in range(batches):

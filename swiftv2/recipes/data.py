@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from swiftv2.config.data import DataConfig
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.data.samples.batch import RunTable
 from swiftv2.data.samples.clips import ClipIndex, check_repetition_times, index_clips, select_runs
 from swiftv2.data.samples.mixing import Mixture
 from swiftv2.data.samples.order import Exclusion, SampleOrder
+from swiftv2.data.samples.reading import Reading
 from swiftv2.data.samples.splits import Splits, split_subjects
 from swiftv2.data.store.reader import Store
 from swiftv2.errors import SwiftError, UsageError
@@ -59,6 +62,17 @@ class Data:
         known = [Exclusion(int(clip), int(position)) for clip, position in exclusions]
         gone = [Exclusion(clip, samples) for clip in self.withdrawn_train]
         return SampleOrder(seed, len(self.train), [*known, *gone], self.mixture, self.table.cohort[self.train.run])
+
+    def reading(self, config: DataConfig, device: torch.device) -> Reading:
+        """How this rank reads clips, for training and evaluation alike."""
+        return Reading(
+            threads=config.threads,
+            prefetch=config.prefetch,
+            prefetch_mb=config.prefetch_mb,
+            pin=device.type == "cuda",
+            on_bad_clip=config.on_bad_clip,
+            table=self.table,
+        )
 
     def composition(self, order: SampleOrder, epoch: int) -> dict[str, int]:
         """Samples of each cohort in an epoch, by name."""

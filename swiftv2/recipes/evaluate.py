@@ -75,12 +75,8 @@ class HeldOut:
             max_clips=config.evaluate.max_clips,
             rank=world.rank,
             world_size=world.size,
-            threads=config.data.threads,
-            prefetch=config.data.prefetch,
-            prefetch_mb=config.data.prefetch_mb,
-            on_bad_clip=config.data.on_bad_clip,
+            reading=self.data.reading(config.data, world.device),
             left_out=self.data.withdrawn_heldout,
-            table=self.data.table,
         )
         with batches:
             for cpu_batch in batches:

@@ -55,10 +55,8 @@ def save_reconstruction(
         seed=config.run.seed,
         batch=1,
         max_clips=1 + len(gone),
-        threads=1,
-        on_bad_clip=config.data.on_bad_clip,
+        reading=data.reading(config.data, device),
         left_out=gone,
-        table=data.table,
     ) as batches:
         batch: Batch = next(iter(batches)).to(device)
     if not batch.weight.any():

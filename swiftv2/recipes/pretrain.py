@@ -116,13 +116,8 @@ def _stream(
         rank=world.rank,
         world_size=world.size,
         samples_consumed=samples,
-        threads=config.data.threads,
-        prefetch=config.data.prefetch,
-        prefetch_mb=config.data.prefetch_mb,
-        pin=world.device.type == "cuda",
-        on_bad_clip=config.data.on_bad_clip,
+        reading=data.reading(config.data, world.device),
         most_faults=int(config.data.quarantine_limit * len(data.train)),
-        table=data.table,
     )
 
     def begin_epoch(epoch: int) -> None:

@@ -15,6 +15,7 @@ from swiftv2.config.model import MaskConfig
 from swiftv2.data.samples.batches import BatchReader
 from swiftv2.data.samples.clips import index_clips
 from swiftv2.data.samples.order import SampleOrder
+from swiftv2.data.samples.reading import Reading
 from swiftv2.errors import SwiftError
 from swiftv2.recipes.stream import DeviceStream
 
@@ -33,8 +34,7 @@ def _stream(source: MemorySource, device: torch.device = CPU, limit: float = 1.0
         NormalisationConfig(),
         seed=3,
         micro_batch=4,
-        on_bad_clip="quarantine",
-        pin=device.type == "cuda",
+        reading=Reading(pin=device.type == "cuda", on_bad_clip="quarantine"),
         **options,
     )
     return DeviceStream(reader, device, limit, begin_epoch=epochs.append)

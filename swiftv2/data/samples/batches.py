@@ -4,8 +4,9 @@ import threading
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +17,11 @@ from swiftv2.data import keyed
 from swiftv2.data.samples.batch import Batch, RunTable
 from swiftv2.data.samples.clips import ClipIndex, spread_clips
 from swiftv2.data.samples.order import Exclusion, SampleOrder, rank_positions
-from swiftv2.data.samples.reading import BadClipError, ClipReader, MaskKey
+from swiftv2.data.samples.reading import READING, BadClipError, ClipReader, MaskKey, Reading
 from swiftv2.data.samples.sources import RunSource
 from swiftv2.errors import RankError, SwiftError
 
 Integers = NDArray[np.int64]
-OnBadClip = Literal["fail", "quarantine"]
-PREFETCH_MB = 1024
 
 
 class Request(NamedTuple):
@@ -71,25 +70,20 @@ class Prefetcher:
         normalisation: NormalisationConfig,
         mask_key: MaskKey,
         *,
-        threads: int,
-        prefetch: int,
-        prefetch_mb: int = PREFETCH_MB,
-        pin: bool = False,
-        on_bad_clip: OnBadClip = "fail",
+        reading: Reading = READING,
         most_faults: int | None = None,
-        table: RunTable | None = None,
     ) -> None:
-        self._reader = ClipReader(source, clips, mask, normalisation, mask_key, pin=pin, table=table)
+        self._reader = ClipReader(source, clips, mask, normalisation, mask_key, reading)
         self.table = self._reader.table
         self._requests = requests
-        self._on_bad_clip = on_bad_clip
-        self._prefetch, self._most_bytes = prefetch, prefetch_mb << 20
+        self._on_bad_clip = reading.on_bad_clip
+        self._prefetch, self._most_bytes = reading.prefetch, reading.prefetch_mb << 20
         self._most_faults = most_faults
         self._lock = threading.Lock()
         self._found: set[int] = set()
         self._faults: list[Fault] = []
         self._pending: deque[_Pending] = deque()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read-clips")
+        self._pool = ThreadPoolExecutor(reading.threads, thread_name_prefix="read-clips")
 
     def __iter__(self) -> Self:
         return self
@@ -206,13 +200,8 @@ class BatchReader(Prefetcher):
         rank: int = 0,
         world_size: int = 1,
         samples_consumed: int = 0,
-        threads: int = 2,
-        prefetch: int = 2,
-        prefetch_mb: int = PREFETCH_MB,
-        pin: bool = False,
-        on_bad_clip: OnBadClip = "fail",
+        reading: Reading = READING,
         most_faults: int | None = None,
-        table: RunTable | None = None,
     ) -> None:
         """Open the reader; nothing is read before the first `next`.
 
@@ -228,13 +217,8 @@ class BatchReader(Prefetcher):
             rank: which of the ranks.
             world_size: how many ranks.
             samples_consumed: samples of all ranks before the first step: the state of an earlier run.
-            threads: threads that read and decode.
-            prefetch: micro-batches in flight or waiting beside the one in use.
-            prefetch_mb: megabytes that these may take together; one micro-batch is always read.
-            pin: whether batches lie in pinned memory, for asynchronous copies to a GPU.
-            on_bad_clip: whether an unusable clip is an error or replaced.
+            reading: threads, what is read ahead, and what is done about unusable clips.
             most_faults: different clips of no use that this rank may find; any number when None.
-            table: of the source's runs, where it is made already.
         """
         if order.clips != len(clips):
             raise ValueError(f"the order is of {order.clips} clips, the index of {len(clips)}")
@@ -257,13 +241,8 @@ class BatchReader(Prefetcher):
             mask,
             normalisation,
             lambda turn, clip: keyed.generator(seed, "mask", turn, clip),
-            threads=threads,
-            prefetch=prefetch,
-            prefetch_mb=prefetch_mb,
-            pin=pin,
-            on_bad_clip=on_bad_clip,
+            reading=reading,
             most_faults=most_faults,
-            table=table,
         )
 
     def exclude(self, exclusions: Iterable[Exclusion]) -> None:
@@ -291,13 +270,8 @@ def evaluation_batches(
     max_clips: int | None = None,
     rank: int = 0,
     world_size: int = 1,
-    threads: int = 2,
-    prefetch: int = 2,
-    prefetch_mb: int = PREFETCH_MB,
-    pin: bool = False,
-    on_bad_clip: OnBadClip = "fail",
+    reading: Reading = READING,
     left_out: Collection[int] = (),
-    table: RunTable | None = None,
 ) -> Prefetcher:
     """One rank's batches of an evaluation: the same clips and masks whenever it is asked.
 
@@ -314,18 +288,13 @@ def evaluation_batches(
         max_clips: clips at most, spread evenly over subjects; all when None.
         rank: which of the ranks.
         world_size: how many ranks.
-        threads: threads that read and decode.
-        prefetch: batches in flight or waiting beside the one in use.
-        prefetch_mb: megabytes that these may take together.
-        pin: whether batches lie in pinned memory.
-        on_bad_clip: whether an unusable clip is an error, or gets weight 0 and is told by `faults`.
+        reading: threads, what is read ahead, and what is done about unusable clips; `faults` tells those that got weight 0.
         left_out: clips that are not evaluated, such as those of withdrawn runs; not all of them.
-        table: of the source's runs, where it is made already.
 
     Returns:
         An iterator of batches, to be closed (or used as a context manager).
     """
-    table = table or RunTable(source.runs)
+    table = reading.table or RunTable(source.runs)
     usable = np.setdiff1d(np.arange(len(clips)), np.fromiter(left_out, dtype=np.int64, count=len(left_out)))
     chosen = usable[spread_clips(table.subject[clips.run[usable]], max_clips)]
     slots = -(-len(chosen) // world_size)
@@ -345,10 +314,5 @@ def evaluation_batches(
         mask,
         normalisation,
         lambda _, clip: keyed.generator(seed, "evaluate", clip),
-        threads=threads,
-        prefetch=prefetch,
-        prefetch_mb=prefetch_mb,
-        pin=pin,
-        on_bad_clip=on_bad_clip,
-        table=table,
+        reading=replace(reading, table=table),
     )

@@ -1,7 +1,9 @@
 """Filling one clip of a batch: frames, mask, brain, statistics, and whether the clip can be used at all."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +21,32 @@ from swiftv2.errors import DamagedError
 _CACHE_BYTES = 64 << 20
 Integers = NDArray[np.int64]
 MaskKey = Callable[[int, int], np.random.Generator]
+OnBadClip = Literal["fail", "quarantine"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a rank reads clips, whichever these are.
+
+    Attributes:
+        threads: threads that read and decode.
+        prefetch: micro-batches in flight or waiting beside the one in use.
+        prefetch_mb: megabytes that these may take together; one micro-batch is always read.
+        pin: whether batches lie in pinned memory, for asynchronous copies to a GPU.
+        on_bad_clip: whether an unusable clip is an error, or is replaced (training) or gets weight 0 (evaluation).
+        table: of the source's runs, where it is made already.
+    """
+
+    threads: int = 2
+    prefetch: int = 2
+    prefetch_mb: int = 1024
+    pin: bool = False
+    on_bad_clip: OnBadClip = "fail"
+    table: RunTable | None = None
+
+
+READING = Reading()
+"""What serves where nobody asks for anything else."""
 
 
 class BadClipError(Exception):
@@ -40,8 +68,7 @@ class ClipReader:
         mask: what is hidden.
         normalisation: decides whether per-voxel statistics come along.
         mask_key: generator of a clip's mask, given the pass and the clip.
-        pin: whether batches lie in pinned memory.
-        table: of the source, where it is made already.
+        reading: whether batches lie in pinned memory, and the table of the source.
     """
 
     def __init__(
@@ -51,12 +78,10 @@ class ClipReader:
         mask: MaskConfig,
         normalisation: NormalisationConfig,
         mask_key: MaskKey,
-        *,
-        pin: bool = False,
-        table: RunTable | None = None,
+        reading: Reading = READING,
     ) -> None:
-        self.table = table or RunTable(source.runs)
-        self._source, self._clips, self._mask, self._mask_key, self._pin = source, clips, mask, mask_key, pin
+        self.table = reading.table or RunTable(source.runs)
+        self._source, self._clips, self._mask, self._mask_key, self._pin = source, clips, mask, mask_key, reading.pin
         shape = source.grid.shape
         self._cells = cell_counts(shape, clips.frames, mask.patch_size)
         self._brain_cells = brain_cells(source.voxels, shape, mask.patch_size)

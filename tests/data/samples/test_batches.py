@@ -23,6 +23,7 @@ from swiftv2.data.samples.clips import index_clips, spread_clips
 from swiftv2.data.samples.masks import brain_cells, draw_mask
 from swiftv2.data.samples.normalise import gather, normalise, scaling, scatter
 from swiftv2.data.samples.order import Exclusion, SampleOrder
+from swiftv2.data.samples.reading import Reading
 from swiftv2.data.store.reader import Store
 from swiftv2.errors import DamagedError, SwiftError
 
@@ -108,6 +109,8 @@ def _reader(source: MemorySource, **options: Any) -> BatchReader:
     clips = index_clips(source.runs, CLIP)
     settings: dict[str, Any] = {"seed": 3, "micro_batch": 4, **options}
     normalisation = settings.pop("normalisation", ZNORM)
+    how = {field.name: settings.pop(field.name) for field in dataclasses.fields(Reading) if field.name in settings}
+    settings["reading"] = Reading(**how)
     return BatchReader(source, clips, SampleOrder(3, len(clips)), MASK, normalisation, **settings)
 
 
@@ -415,7 +418,7 @@ def test_real_bold_comes_out_of_a_store_and_back_into_its_volumes(tmp_path: Path
     build(files, tmp_path / "store", grid, "real", labels=table)
     store = Store.open(tmp_path / "store")
     clips = index_clips(store.runs, ClipConfig(frames=8, stride_within=2, stride_between=0.3))
-    options: dict[str, Any] = {"seed": 0, "micro_batch": 3, "threads": 3}
+    options: dict[str, Any] = {"seed": 0, "micro_batch": 3, "reading": Reading(threads=3)}
     per_voxel = NormalisationConfig(kind="per_voxel")
     voxels = torch.from_numpy(store.voxels)
     with BatchReader(store, clips, SampleOrder(0, len(clips)), MASK, per_voxel, **options) as reader:
