@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["swiftv2", "swiftv2.*"]),
-    package_data={"swiftv2": ["py.typed"]},
+    package_data={"swiftv2": ["py.typed"], "swiftv2.plan": ["*.yaml"]},
     data_files=sorted(presets.items()),
     install_requires=[
         "torch>=2.6",
