@@ -97,7 +97,10 @@ def _add_drop(verbs: Any) -> None:
     parser.add_argument("--cohort", metavar="NAME", help="of ids that several cohorts have")
     text = "pass over ids that the store does not know, as in a list of all who ever withdrew; they are counted"
     parser.add_argument("--ignore-unknown", action="store_true", help=text)
-    text = "folders to be searched for runs, exported weights and embeddings that used the subjects; these are listed"
+    text = (
+        "folders to be searched for runs, exported weights and embeddings that were trained or evaluated on the subjects; "
+        "these are listed"
+    )
     parser.add_argument("--used-by", type=Path, nargs="+", metavar="PATH", default=[], help=text)
     parser.add_argument("--dry-run", action="store_true", help="tell what would go, and change nothing")
 
@@ -186,8 +189,9 @@ def _tell(arguments: argparse.Namespace, done: str, report: "BuildReport") -> No
         "nothing_to_do": report.nothing_to_do,
     }
     head = "is there already, nothing to do" if report.nothing_to_do else done
-    lines = [f"{arguments.store} {head}: {report.taken} runs, {report.frames:,} frames, {report.bytes / 1e6:.1f} MB"]
-    lines += [f"in the store already: {report.present} files"] if report.present else []
+    size = f"{_count(report.taken, 'run')}, {_count(report.frames, 'frame')}, {report.bytes / 1e6:.1f} MB"
+    lines = [f"{arguments.store} {head}: {size}"]
+    lines += [f"in the store already: {_count(report.present, 'file')}"] if report.present else []
     lines += [f"refused {key}: {reason}" for key, reason in report.refused]
     lines += [f"which file is which: {report.report}"] if report.refused else []
     answer(values, *lines, as_json=arguments.json)
@@ -200,10 +204,12 @@ def _store_drop(arguments: argparse.Namespace) -> int:
         arguments.store, arguments.subjects, arguments.cohort, ignore_unknown=arguments.ignore_unknown
     )
     users: list[dict[str, Any]] = []
+    cards = None
     if arguments.used_by:
         from swiftv2.recipes.withdrawal import find_users
 
-        users = [user.to_json() for user in find_users(arguments.used_by, arguments.store, withdrawal)]
+        search = find_users(arguments.used_by, arguments.store, withdrawal)
+        users, cards = [user.to_json() for user in search.users], search.cards
     report = drop(arguments.store, withdrawal, users, dry_run=arguments.dry_run)
     values = {
         "store": str(arguments.store),
@@ -215,30 +221,41 @@ def _store_drop(arguments: argparse.Namespace) -> int:
         "already": report.already,
         "unknown": report.unknown,
         "users": list(report.users),
+        "cards": cards,
         "finished": report.finished,
         "leftovers": report.leftovers,
         "foreign": list(report.foreign),
     }
-    head = "would lose" if arguments.dry_run else f"version {report.version}: gone are"
-    lines = [f"{arguments.store} {head} {len(report.subjects)} subjects, {len(report.runs)} runs, {report.bytes / 1e6:.1f} MB"]
+    head = "would lose" if arguments.dry_run else f"version {report.version}: it lost"
+    size = f"{_count(len(report.subjects), 'subject')}, {_count(len(report.runs), 'run')}, {report.bytes / 1e6:.1f} MB"
+    lines = [f"{arguments.store} {head} {size}"]
     lines += ["a drop that was killed was finished first"] if report.finished else []
-    lines += [f"left by an append that was given up, gone too: {report.leftovers} files"] if report.leftovers else []
-    lines += [f"withdrawn before: {report.already} subjects"] if report.already else []
-    lines += [f"not known to the store: {report.unknown} lines of the list"] if report.unknown else []
+    lines += [f"left by an append that was given up, gone too: {_count(report.leftovers, 'file')}"] if report.leftovers else []
+    lines += [f"withdrawn before: {_count(report.already, 'subject')}"] if report.already else []
+    lines += [f"not known to the store: {_count(report.unknown, 'line')} of the list"] if report.unknown else []
     lines += [_used(user) for user in report.users]
+    if cards is not None and not report.users:
+        searched = ", ".join(map(str, arguments.used_by))
+        lines += [f"used by nothing in {searched}, where {_count(cards, 'card')} of runs, weights and others were looked at"]
     answer(values, *lines, as_json=arguments.json)
     if report.foreign:
         shown = ", ".join(report.foreign[:_SHOWN]) + (", ..." if len(report.foreign) > _SHOWN else "")
         warn(
-            f"{len(report.foreign)} files in {arguments.store} that the format does not know may hold copies of withdrawn "
-            f"data: look at them: {shown}"
+            f"{_count(len(report.foreign), 'file')} in {arguments.store} that the format does not know may hold copies of "
+            f"withdrawn data, look there: {shown}"
         )
     return 0
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def _used(user: dict[str, Any]) -> str:
-    if user["subjects"] is not None:
-        return f"used by {user['path']} ({user['kind']}): {user['subjects']} of the subjects"
+    counts = {"trained on": user["trained_on"], "evaluated on": user["evaluated_on"]}
+    used = ", ".join(f"{how} {count}" for how, count in counts.items() if count)
+    if used:
+        return f"used by {user['path']} ({user['kind']}): {used} of the subjects"
     names = {True: "names this store", False: "names another store", None: "names no store"}[user["this_store"]]
     return f"cannot tell of {user['path']} ({user['kind']}): it lists no subjects; it {names}"
 

@@ -277,39 +277,65 @@ def test_what_used_them_is_listed(store: Path, tmp_path: Path, capsys: pytest.Ca
         return weights.hash_subjects(names, "ab" * 16).model_dump(mode="json")
 
     own = {"id": opened.attributes["store_id"], "version": 2}
-    key = subject_key(SALT, "one", "alpha77")
+    key, other, kept = (subject_key(SALT, "one", name) for name in ("alpha77", "gamma99", "beta88"))
+    clips = {run.key: 3 for run in opened.runs if run.subject in (kept, other)}
+    nobody: dict[str, Any] = {"train": [kept], "val": [], "test": [], "unassigned": []}
     card("a", "contract.json", {"store": own, "subjects": hashes("one/alpha77", "one/gamma99")})
     card("b", "contract.json", {"store": own, "subjects": hashes("one/beta88")})
-    card("c", "contract.json", {"store": own, "subjects": None, "splits": {"train": [key], "val": [], "test": []}})
+    card("c", "contract.json", {"store": own, "subjects": None, "splits": nobody | {"train": [key]}, "clips": clips})
     card("d/exported", "weights.json", {"subjects": hashes("one/gamma99"), "provenance": {"store": own}})
     card("e", "weights.json", {"subjects": None, "provenance": {"store": {"id": "another"}}})
     card("f", "embedding.json", {"subjects": hashes("one/alpha77")})
     card("g", "other.json", {"unrelated": 1})
+    # Of val and test, a run evaluates the part whose runs it cut into clips.
+    parts = nobody | {"val": [other], "test": [key]}
+    card("h", "contract.json", {"store": own, "subjects": hashes("one/beta88"), "splits": parts, "clips": clips})
+    card("i", "contract.json", {"store": {"id": "another"}, "subjects": hashes("one/x"), "splits": parts, "clips": clips})
+    card("j", "contract.json", {"store": own, "subjects": {"salt": 3}})
     (runs / "g" / "broken.json").write_text("{")
     listed = tmp_path / "list.txt"
     listed.write_text("alpha77\ngamma99\nstranger\n")
     words = ["store", "drop", str(store), "--subjects", str(listed), "--ignore-unknown", "--used-by", str(runs), "--json"]
     expected = [
-        (str(runs / "a"), "run", 2, True),
-        (str(runs / "c"), "run", 1, True),
-        (str(runs / "d/exported"), "weights", 1, True),
-        (str(runs / "e"), "weights", None, False),
-        (str(runs / "f/embedding.json"), "other", 1, None),
+        (str(runs / "a"), "run", 2, None, True),
+        (str(runs / "c"), "run", 1, 0, True),
+        (str(runs / "d/exported"), "weights", 1, None, True),
+        (str(runs / "e"), "weights", None, None, False),
+        (str(runs / "f/embedding.json"), "other", 1, None, None),
+        (str(runs / "h"), "run", 0, 1, True),
+        (str(runs / "j"), "run", None, None, True),
     ]
     for more in (["--dry-run"], [], []):  # Later, too: the list has the ids that the store no longer has.
         assert cli.main([*words, *more]) == 0
         answer = json.loads(capsys.readouterr().out)
         assert [tuple(user.values()) for user in answer["users"]] == expected
         assert answer["unknown"] == 1
-    kept = [json.loads(line) for line in (store / layout.WITHDRAWALS_FILE).read_text().splitlines()]
-    assert [user["path"] for user in kept[0]["users"]] == [path for path, *_ in expected]
+        assert answer["cards"] == 9
+    first = json.loads((store / layout.WITHDRAWALS_FILE).read_text().splitlines()[0])
+    assert [user["path"] for user in first["users"]] == [path for path, *_ in expected]
     assert cli.main([*words[:-1]]) == 0
     text = capsys.readouterr().out
-    assert "withdrawn before: 2 subjects" in text
-    assert "cannot tell of" in text
+    assert "withdrawn before: 2 subjects\nnot known to the store: 1 line of the list\n" in text
+    assert f"used by {runs / 'a'} (run): trained on 2 of the subjects\n" in text
+    assert f"used by {runs / 'h'} (run): evaluated on 1 of the subjects\n" in text
+    assert f"cannot tell of {runs / 'j'}" in text
     listed.write_text(f"{key}\n")
     assert cli.main(words) == 2
     assert "list their ids" in capsys.readouterr().err
+
+
+def test_that_nothing_used_them_is_said(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    listed, runs = tmp_path / "list.txt", tmp_path / "runs"
+    listed.write_text("gamma99\n")
+    runs.mkdir()
+    words = ["store", "drop", str(store), "--subjects", str(listed)]
+    assert cli.main([*words, "--dry-run", "--used-by", str(runs)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{store} would lose 1 subject, 1 run, 0.")
+    assert second == f"used by nothing in {runs}, where 0 cards of runs, weights and others were looked at"
+    assert cli.main(words) == 0
+    (only,) = capsys.readouterr().out.splitlines()
+    assert only.startswith(f"{store} version 3: it lost 1 subject, 1 run, 0.")
 
 
 def test_who_was_named_does_not_come_later(store: Path, tmp_path: Path) -> None:
