@@ -1,0 +1,124 @@
+"""The objective of a run and a micro-batch for it, for plans: what `swiftv2.plan` runs without allocating it."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+
+from swiftv2.config.pretrain import PretrainConfig
+from swiftv2.data import keyed
+from swiftv2.data.grid import CUBE_MM, mni152_grid, template_voxels
+from swiftv2.data.samples.batch import Batch, common_dtype
+from swiftv2.data.samples.masks import Shape3, brain_cells, cell_counts, draw_mask
+from swiftv2.data.store.reader import Store
+from swiftv2.errors import SwiftError
+from swiftv2.models import decay_names
+from swiftv2.plan.memory import Passes
+from swiftv2.plan.tape import Tape, record, stretch
+from swiftv2.recipes.objective import Objective
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """The kept voxels of a grid."""
+
+    shape: Shape3
+    """(H, W, D)."""
+    voxels: torch.Tensor
+    """(V,) int64, flat C-order."""
+    dtype: torch.dtype
+    """In which clips come from the store."""
+    source: str
+    """Where this was found, in words."""
+
+    @property
+    def brain(self) -> torch.Tensor:
+        """(H, W, D) bool."""
+        flat = torch.zeros(self.shape, dtype=torch.bool).view(-1)
+        flat[self.voxels] = True
+        return flat.view(self.shape)
+
+
+def find_window(config: PretrainConfig) -> Window:
+    """The store's voxels where the store is there, else those of the MNI152 brain in a cube of the model's size, else all."""
+    if config.data.store.is_dir():
+        store = Store.open(config.data.store)
+        voxels = torch.as_tensor(store.voxels).long()
+        return Window(store.grid.shape, voxels, common_dtype({run.dtype for run in store.runs}), "the store")
+    shape = config.model.image_size
+    if len(set(shape)) == 1:
+        try:
+            grid = mni152_grid(CUBE_MM / shape[0], "RAS", "MNI152NLin6Asym")
+            voxels = torch.as_tensor(template_voxels(grid)).long()
+            return Window(shape, voxels, torch.int16, "the MNI152 brain (no store is there yet)")
+        except SwiftError:
+            pass  # A cube that no MNI152 grid has.
+    return Window(shape, torch.arange(int(np.prod(shape))), torch.int16, "every voxel of the grid (no store is there yet)")
+
+
+def make_objective(config: PretrainConfig, window: Window) -> Objective:
+    """The objective as pretraining builds it, without its first weights' source."""
+    objective = Objective(config, window.voxels, window.shape)
+    if config.model.packing == "template":
+        objective.simmim.encoder.use_template(window.brain)
+    return objective
+
+
+def make_batch(config: PretrainConfig, window: Window, clips: int) -> Batch:
+    """A micro-batch whose brains are the whole template; masks are drawn as in a run."""
+    frames, count = config.clip.frames, len(window.voxels)
+    cells = cell_counts(window.shape, frames, config.mask.patch_size)
+    held = brain_cells(window.voxels.numpy(), window.shape, config.mask.patch_size)
+    masks = [draw_mask(config.mask, cells, held, keyed.generator(0, "plan", clip)) for clip in range(clips)]
+    numbers = torch.zeros(clips, dtype=torch.int64)
+    per_voxel = config.data.normalisation.kind == "per_voxel" and config.data.normalisation.scope == "run"
+    return Batch(
+        bold=torch.zeros(clips, frames, count, dtype=window.dtype),
+        slope=torch.ones(clips),
+        intercept=torch.zeros(clips),
+        statistics=torch.ones(clips, 6),
+        voxel_mean=torch.zeros(clips, count) if per_voxel else None,
+        voxel_std=torch.ones(clips, count) if per_voxel else None,
+        brain=torch.ones(clips, count, dtype=torch.bool),
+        mask=torch.from_numpy(np.stack(masks)),
+        sample=numbers,
+        epoch=numbers,
+        clip=torch.arange(clips),
+        start=numbers,
+        tr=torch.ones(clips),
+        cohort=numbers,
+        subject=numbers,
+        weight=torch.ones(clips),
+    )
+
+
+def passes(config: PretrainConfig, window: Window) -> Passes:
+    """What forward and backward passes of a run hold, recorded from its real objective.
+
+    Micro-batches whose passes differ in more than sizes (packing by subject) are recorded one by one.
+    """
+
+    @cache
+    def of(clips: int) -> Tape:
+        return record(
+            lambda: (make_objective(config, window), make_batch(config, window, clips)), clips, config.engine.precision
+        )
+
+    @cache
+    def every() -> Tape | None:
+        return stretch(of(1), of(2))
+
+    def tape(clips: int) -> Tape:
+        return every() or of(clips)
+
+    size = make_batch(config, window, 1).bytes
+    return Passes(tape, lambda clips: float(clips * size))
+
+
+def decayed_parameters(config: PretrainConfig) -> tuple[bool, ...]:
+    """Which trainable parameters of the objective weight decay touches, in the module's order."""
+    with torch.device("meta"):
+        objective = Objective(config, torch.zeros(1, dtype=torch.int64), config.model.image_size)
+    names = decay_names(objective)
+    return tuple(name in names for name, p in objective.named_parameters() if p.requires_grad)
