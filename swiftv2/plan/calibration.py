@@ -21,7 +21,7 @@ Reading = Literal["contention", "straggler"]
 PARAMETERS = 4_074_000_000
 """The 4.1 B model: 3.2B's recipe at E = 864, as parameters grow with the square of the width."""
 MICRO_BATCHES = (1, 2)
-"""Clips of a rank in a step; not reported. 1 fits both machines best, 2 fits hardly worse, more would not have fitted 64 GB."""
+"""Clips of a rank in a step; not reported. 1 fits both machines best, 2 not much worse, more clearly worse."""
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default."""
 
