@@ -32,7 +32,7 @@ def _store_synth(arguments: argparse.Namespace) -> int:
     tree = read_yaml(arguments.config) if arguments.config else {}
     for word in arguments.overrides:
         override(tree, word)
-    config = build(SynthConfig, tree, where=str(arguments.config or "synth"))
+    config = build(SynthConfig, tree, str(arguments.config or "synth"), arguments.overrides)
     if arguments.workers < 1:
         raise UsageError("--workers takes a number of processes, 1 or more")
     with Shown("subjects") as shown:

@@ -15,6 +15,25 @@ from swiftv2.config.model import ModelConfig
 from swiftv2.errors import UsageError
 
 Tree = dict[str, Any]
+_TAKES = {
+    "literal_error": "{expected}",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "a number from {ge:g} on",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "a number up to {le:g}",
+    "finite_number": "a finite number",
+    **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    "string_type": "text",
+    "path_type": "a path",
+    **dict.fromkeys(("list_type", "tuple_type"), "a list, such as [1, 2]"),
+    **dict.fromkeys(("model_type", "dict_type"), "keys with values, such as {{key: value}}"),
+    "too_long": "a list of {max_length} at most",
+    "too_short": "a list of {min_length} at least",
+}
+"""What a key takes, by pydantic's name of the problem, in words of YAML rather than of Python."""
+_SHOWN_CHARACTERS = 60
 T = TypeVar("T", bound=Config)
 
 
@@ -80,20 +99,33 @@ def load(cls: type[T], path: Path, overrides: Iterable[str] = ()) -> T:
     Raises:
         UsageError: anything is unknown, missing or out of range; one line that names file and key.
     """
-    tree = read_yaml(path)
-    for word in overrides:
+    tree, words = read_yaml(path), tuple(overrides)
+    for word in words:
         override(tree, word)
     if "model" in tree:
         tree["model"] = _expand_model(tree["model"])
-    return build(cls, tree, where=str(path))
+    return build(cls, tree, str(path), words)
 
 
-def build(cls: type[T], tree: Mapping[str, Any], where: str) -> T:
-    """Check a tree of plain values against a configuration class; `where` names its source in errors."""
+def build(cls: type[T], tree: Mapping[str, Any], where: str, overrides: Iterable[str] = ()) -> T:
+    """Check a tree of plain values against a configuration class.
+
+    Args:
+        cls: class of the configuration.
+        tree: the values.
+        where: names their source in errors.
+        overrides: words that were put into the tree; the one that set a wrong value is named, too.
+
+    Raises:
+        UsageError: one line: source, key, what is wrong with it, and what it takes.
+    """
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        raise UsageError(f"{where}: {_first_problem(cls, error)}") from error
+        key, text = _first_problem(cls, error)
+        blamed = [word for word in overrides if f"{key}.".startswith(f"{word.partition('=')[0]}.")]
+        source = f"{where} with {_cut(blamed[-1])}" if blamed else where
+        raise UsageError(f"{source}: {text}") from error
 
 
 def dump(config: Config) -> str:
@@ -151,23 +183,59 @@ def override(tree: Tree, word: str) -> None:
     tree[last] = value
 
 
-def _first_problem(cls: type[BaseModel], error: ValidationError) -> str:
+def _first_problem(cls: type[BaseModel], error: ValidationError) -> tuple[str, str]:
+    """The key of the first problem, and one line about it."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = [row[0] for row in describe(cls)]
-        close = difflib.get_close_matches(key, known, n=1)
-        text = f"unknown key {key}" + (f"; did you mean {close[0]}?" if close else "")
-    elif first["type"] == "missing":
+    key, kind, given = _dotted(first["loc"]), first["type"], first["input"]
+    others = {_dotted(problem["loc"]) for problem in problems} - {key}
+    if kind == "extra_forbidden":
+        text = _unknown(cls, key)
+    elif kind == "missing" and isinstance(first["loc"][-1], int):
+        place = first["loc"][:-1]  # A list of fixed length is too short: each entry that it lacks is a problem.
+        last = max(int(problem["loc"][-1]) for problem in problems if problem["loc"][:-1] == place)
+        key = _dotted(place)
+        others = {other for other in others if not other.startswith(f"{key}.")}
+        text = f"{key} takes a list of {last + 1}, not {_plain(given)}"
+    elif kind == "missing":
         text = f"{key} is required and not given"
-    else:
+    elif kind in _TAKES:
+        text = f"{key} takes {_TAKES[kind].format(**first.get('ctx', {}))}, not {_plain(given)}"
+    elif kind == "value_error":
         message = first["msg"].removeprefix("Value error, ")
-        given = first["input"]
-        shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool, list, tuple)) else ""
-        text = f"{key}: {message}{shown}" if key else message
-    more = len(problems) - 1
-    return text + (f" (and {more} more)" if more else "")
+        text = message if not key or message.startswith(f"{key}.") else f"{key}: {message}"
+    else:
+        text = f"{key}: {first['msg']}"
+    return key, text + (f" (and {len(others)} more)" if others else "")
+
+
+def _unknown(cls: type[BaseModel], key: str) -> str:
+    rows = [row[0] for row in describe(cls)]
+    close = difflib.get_close_matches(key, rows, n=1)
+    if close:
+        return f"unknown key {key}; did you mean {close[0]}?"
+    section = key.rpartition(".")[0]
+    prefix = f"{section}." if section else ""
+    below = dict.fromkeys(row.removeprefix(prefix).partition(".")[0] for row in rows if row.startswith(prefix))
+    return f"unknown key {key}; keys{f' of {section}' if section else ''} are {', '.join(below)}"
+
+
+def _dotted(place: Iterable[int | str]) -> str:
+    return ".".join(map(str, place))
+
+
+def _plain(value: Any) -> str:
+    """A value as YAML writes it, in one line."""
+    try:
+        text: str = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
+    except yaml.YAMLError:
+        text = repr(value)
+    return _cut(text.removesuffix("...\n").strip())
+
+
+def _cut(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]}..."
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

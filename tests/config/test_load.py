@@ -47,10 +47,22 @@ def test_a_preset_named_by_override_keeps_the_other_model_overrides(small: Path)
     ("word", "says"),
     [
         ("train.max_step=3", "unknown key train.max_step; did you mean train.max_steps?"),
-        ("train.max_steps=many", "train.max_steps: "),
-        ("train.max_steps=0", "greater than 0"),
-        ("optimizer.lr=.nan", "finite"),
-        ("mask.ratio=1.5", "mask.ratio"),
+        ("train.max_steps=many", "train.max_steps takes a whole number, not many"),
+        ("train.max_steps=1.5", "train.max_steps takes a whole number, not 1.5"),
+        ("train.max_steps=0", "train.max_steps takes a number above 0, not 0"),
+        ("data.prefetch=100", "data.prefetch takes a number up to 64, not 100"),
+        ("optimizer.lr=.nan", "optimizer.lr takes a finite number, not .nan"),
+        ("optimizer.lr=fast", "optimizer.lr takes a number, not fast"),
+        ("mask.ratio=1.5", "mask.ratio takes a number below 1, not 1.5"),
+        ("loss.kind=l3", "loss.kind takes 'l1', 'smooth_l1', 'huber' or 'l2', not l3"),
+        ("data.allow_cleaned=maybe", "data.allow_cleaned takes true or false, not maybe"),
+        ("data.cohorts=ukb", "data.cohorts takes a list, such as [1, 2], not ukb"),
+        ("mask.patch_size=[6, 6]", "mask.patch_size takes a list of 4, not [6, 6]"),
+        ("mask.patch_size=[6, 6, 6, 2, 2]", "mask.patch_size takes a list of 4 at most, not [6, 6, 6, 2, 2]"),
+        ("data.store=", "data.store takes a path, not null"),
+        ("train=5", "train takes keys with values, such as {key: value}, not 5"),
+        ("loss.zzz=1", "unknown key loss.zzz; keys of loss are kind, "),
+        ("zzz=1", "unknown key zzz; keys are run, "),
         ("data.normalisation={kind: per_voxel, scope: clip}", "use scope=run"),
         ("mask.patch_size=[6, 6, 6, 5]", "must divide the padded clip"),
         ("mask.patch_size=[9, 9, 9, 2]", "must be a multiple of model.patch_size"),
@@ -69,6 +81,17 @@ def test_a_wrong_override_is_one_line_that_names_the_key(small: Path, word: str,
     message = str(caught.value)
     assert says in message
     assert "\n" not in message
+
+
+def test_the_source_of_a_wrong_value_is_named(small: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        load(PretrainConfig, small, ["train.max_steps=5", "loss.kind=l1", "loss.kind=l3"])
+    assert str(caught.value).startswith(f"{small} with loss.kind=l3: loss.kind takes ")
+    text = small.read_text(encoding="utf-8")
+    small.write_text(text + "\nevaluate: {split: train, batch: 0}\n", encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        load(PretrainConfig, small, ["train.max_steps=5"])
+    assert str(caught.value) == f"{small}: evaluate.split takes 'val' or 'test', not train (and 1 more)"
 
 
 @pytest.mark.parametrize(
