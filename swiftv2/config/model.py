@@ -61,8 +61,16 @@ class ModelConfig(Config):
     """Initial value of the temporal branch's LayerScale (decoupled only)."""
     layer_scale_spatial: PositiveFloat = 0.9
     """Initial value of the spatial branch's LayerScale (decoupled only)."""
+    packing: Literal["none", "template", "subject"] = "none"
+    """Tokens that are computed: all; those that hold brain in the template mask of the grid; or in each subject's own
+    mask. Background tokens are then never attended to, and are zero children in merging. A subject's own mask gives away
+    the size of the head, and with it sex."""
+    attention_buckets: PositiveInt = 8
+    """Most lengths to which groups of tokens that attend to one another are padded; fewer kernels, or less padding."""
     checkpoint_stages: tuple[int, ...] = ()
     """Stages (0-based) whose blocks recompute their activations in the backward pass."""
+    checkpoint_keep: Literal["nothing", "attention", "products"] = "nothing"
+    """What such blocks keep beside their input: nothing, the results of attention, or of all matrix products too."""
     decoder: DecoderConfig = DecoderConfig()
     """The SimMIM decoder."""
 
@@ -89,6 +97,8 @@ class ModelConfig(Config):
     def _check_swift_v1(self) -> Self:
         if self.variant != "swift_v1":
             return self
+        if self.packing != "none":
+            raise ValueError(f"packing={self.packing}: SwiFT v1 attends to background; its weights are exact without packing only")
         if self.patch_size[3] != 1:
             raise ValueError(f"patch_size={self.patch_size}: variant=swift_v1 has patches of one frame")
         merged = 2 ** (len(self.depths) - 1)

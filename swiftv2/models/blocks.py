@@ -5,8 +5,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from swiftv2.config.model import ModelConfig
-from swiftv2.models.attention import WindowAttention
-from swiftv2.models.geometry import Grid, Partition
+from swiftv2.models.attention import GroupAttention
+from swiftv2.models.routes import Layout, Move, Step
+from swiftv2.models.tokens import CHILDREN
 
 
 class MLP(nn.Module):
@@ -35,12 +36,10 @@ class DropPath(nn.Module):
         self.probability = probability
 
     def forward(self, x: Tensor, branch: Tensor, uniform: Tensor | None) -> Tensor:
-        """`x + branch`, both (batch * tokens, C); `uniform` (batch,) in [0, 1) or None for no dropping."""
+        """`x + branch`, both (slots, batch, C); `uniform` (slots or 1, batch, 1) in [0, 1) or None for no dropping."""
         if uniform is None or self.probability == 0.0:
             return x + branch
-        batch = uniform.shape[0]
-        factor = (uniform >= self.probability).to(branch.dtype) / (1.0 - self.probability)
-        return x + (branch.view(batch, -1, branch.shape[-1]) * factor[:, None, None]).view_as(branch)
+        return x + branch * ((uniform >= self.probability).to(branch.dtype) / (1.0 - self.probability))
 
 
 class LayerScale(nn.Module):
@@ -65,16 +64,17 @@ class Block(nn.Module):
         super().__init__()
         width = config.embed_dim * 2**stage
         self.norm1 = nn.LayerNorm(width)
-        self.attn = WindowAttention(width, config.num_heads[stage], config.qkv_bias)
+        self.attn = GroupAttention(width, config.num_heads[stage], config.qkv_bias)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width, int(width * config.mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, cuts: list[Partition], uniforms: Tensor | None) -> Tensor:
-        """(batch * tokens, C) -> the same; `uniforms` (batch, 2) or None."""
-        attention, mlp = (None, None) if uniforms is None else uniforms.unbind(1)
-        x = self.drop_path(x, self.attn(self.norm1(x), cuts[0]), attention)
-        out: Tensor = self.drop_path(x, self.mlp(self.norm2(x)), mlp)
+    def forward(self, x: Tensor, steps: tuple[Step, ...], uniforms: Tensor | None) -> Tensor:
+        """(slots, batch, C) -> (slots, batch, C) in the order of the step; `uniforms` (samples, 2) or None."""
+        (step,) = steps
+        x = _arrive(x, step)
+        x = self.drop_path(x, self.attn(_normalised(self.norm1, x, step.layout), step.layout), _draw(uniforms, 0, step.layout))
+        out: Tensor = self.drop_path(x, self.mlp(self.norm2(x)), _draw(uniforms, 1, step.layout))
         return out
 
 
@@ -87,22 +87,42 @@ class DecoupledBlock(nn.Module):
         super().__init__()
         width, heads = config.embed_dim * 2**stage, config.num_heads[stage]
         self.temporal_norm = nn.LayerNorm(width)
-        self.temporal_attn = WindowAttention(width, heads, config.qkv_bias, config.rope_theta)
+        self.temporal_attn = GroupAttention(width, heads, config.qkv_bias)
         self.temporal_scale = LayerScale(width, config.layer_scale_temporal)
         self.spatial_norm = nn.LayerNorm(width)
-        self.spatial_attn = WindowAttention(width, heads, config.qkv_bias, config.rope_theta)
+        self.spatial_attn = GroupAttention(width, heads, config.qkv_bias)
         self.spatial_scale = LayerScale(width, config.layer_scale_spatial)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width, int(width * config.mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, cuts: list[Partition], uniforms: Tensor | None) -> Tensor:
-        """(batch * tokens, C) -> the same; `uniforms` (batch, 3) or None."""
-        temporal, spatial, mlp = (None, None, None) if uniforms is None else uniforms.unbind(1)
-        x = self.drop_path(x, self.temporal_scale(self.temporal_attn(self.temporal_norm(x), cuts[0])), temporal)
-        x = self.drop_path(x, self.spatial_scale(self.spatial_attn(self.spatial_norm(x), cuts[1])), spatial)
-        out: Tensor = self.drop_path(x, self.mlp(self.norm2(x)), mlp)
+    def forward(self, x: Tensor, steps: tuple[Step, ...], uniforms: Tensor | None) -> Tensor:
+        """(slots, batch, C) -> (slots, batch, C) in the order of the last step; `uniforms` (samples, 3) or None."""
+        in_time, in_space = steps
+        x = _arrive(x, in_time)
+        mixed = self.temporal_attn(_normalised(self.temporal_norm, x, in_time.layout), in_time.layout)
+        x = _arrive(self.drop_path(x, self.temporal_scale(mixed), _draw(uniforms, 0, in_time.layout)), in_space)
+        mixed = self.spatial_attn(_normalised(self.spatial_norm, x, in_space.layout), in_space.layout)
+        x = self.drop_path(x, self.spatial_scale(mixed), _draw(uniforms, 1, in_space.layout))
+        out: Tensor = self.drop_path(x, self.mlp(self.norm2(x)), _draw(uniforms, 2, in_space.layout))
         return out
+
+
+def _arrive(x: Tensor, step: Step) -> Tensor:
+    return x if step.move is None else step.move(x)
+
+
+def _draw(uniforms: Tensor | None, branch: int, layout: Layout) -> Tensor | None:
+    """Each sample's draw for a branch, beside its slots."""
+    if uniforms is None:
+        return None
+    drawn = uniforms[:, branch]
+    return drawn[None, :, None] if layout.sample is None else drawn[layout.sample][:, None, None]
+
+
+def _normalised(norm: nn.LayerNorm, x: Tensor, layout: Layout) -> Tensor:
+    out: Tensor = norm(x)
+    return out if layout.blank is None else out.index_fill(0, layout.blank, 0.0)
 
 
 class PatchMerging(nn.Module):
@@ -117,12 +137,9 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(8 * width)
         self.reduction = nn.Linear(8 * width, 2 * width, bias=False)
 
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        """(batch, h, w, d, t, C) -> (batch, ceil(h/2), ceil(w/2), ceil(d/2), t, 2C); missing children are zero."""
-        h, w, d, t = grid
-        if h % 2 or w % 2 or d % 2:
-            x = functional.pad(x, (0, 0, 0, 0, 0, d % 2, 0, w % 2, 0, h % 2))
-        batch, h, w, d, t, width = x.shape
-        x = x.view(batch, h // 2, 2, w // 2, 2, d // 2, 2, t, width).permute(0, 1, 3, 5, 7, 2, 4, 6, 8)
-        out: Tensor = self.reduction(self.norm(x.reshape(batch, h // 2, w // 2, d // 2, t, 8 * width)))
+    def forward(self, x: Tensor, children: Move) -> Tensor:
+        """(slots, batch, C) -> (slots of the next stage, batch, 2C); missing children are zero before the norm."""
+        batch, width = x.shape[1:]
+        joined = children(x.view(-1, width)).view(-1, batch, CHILDREN * width)
+        out: Tensor = self.reduction(self.norm(joined))
         return out

@@ -13,7 +13,7 @@ from torch.nn import functional
 from swiftv2.config.model import LossConfig, MaskConfig, ModelConfig
 from swiftv2.errors import SwiftError
 from swiftv2.models.decoders import make_decoder
-from swiftv2.models.geometry import Grid, as_grid, split_axes, token_grid
+from swiftv2.models.geometry import Grid, as_grid, patches_with_brain, token_grid
 from swiftv2.models.initialise import initialise
 from swiftv2.models.swin4d import Swin4D
 
@@ -37,7 +37,7 @@ class SimMIM(nn.Module):
         seed: where the first values of the parameters come from.
 
     Raises:
-        SwiftError: mask cells are no multiple of the model's patch.
+        SwiftError: mask cells are no multiple of the model's patch, or the loss counts what packing leaves out.
     """
 
     def __init__(self, model: ModelConfig, mask: MaskConfig, loss: LossConfig, seed: int = 0) -> None:
@@ -45,6 +45,11 @@ class SimMIM(nn.Module):
         if any(c % p for c, p in zip(mask.patch_size, model.patch_size, strict=True)):
             raise SwiftError(
                 f"mask.patch_size={mask.patch_size} must be a multiple of model.patch_size={model.patch_size} on every axis"
+            )
+        if model.packing != "none" and loss.over == "everywhere":
+            raise SwiftError(
+                f"loss.over=everywhere counts background, which model.packing={model.packing} leaves out: "
+                "take loss.over=brain_voxels or brain_tokens"
             )
         self.config, self.mask_config, self.loss_config = model, mask, loss
         self.encoder = Swin4D(model, seed=None)
@@ -66,7 +71,7 @@ class SimMIM(nn.Module):
         """
         self._check(volume, mask, brain)
         cells_per_token = as_grid([c // p for c, p in zip(self.mask_config.patch_size, self.config.patch_size, strict=True)])
-        features = self.encoder(volume, drop_path, enlarge(mask, cells_per_token), self.mask_token)
+        features = self.encoder(volume, drop_path, enlarge(mask, cells_per_token), self.mask_token, brain)
         _, _, h, w, d, t = volume.shape
         reconstruction = self.decoder(features)[:, :, :h, :w, :d, :t].float()
         counts = self.counted(mask, brain, t)
@@ -139,7 +144,5 @@ def _distance(reconstruction: Tensor, target: Tensor, loss: LossConfig) -> Tenso
 def _whole_patches(brain: Tensor, patch: Sequence[int]) -> Tensor:
     """(B, H, W, D) bool: every voxel of a patch that holds any brain voxel."""
     _, h, w, d = brain.shape
-    padded = functional.pad(brain, [size for n, p in zip((d, w, h), reversed(patch), strict=True) for size in (0, -n % p)])
-    held = split_axes(padded, 1, patch).any(dim=6).any(dim=4).any(dim=2)
     ph, pw, pd = patch
-    return enlarge(held[..., None], (ph, pw, pd, 1))[:, :h, :w, :d, 0]
+    return enlarge(patches_with_brain(brain, patch)[..., None], (ph, pw, pd, 1))[:, :h, :w, :d, 0]

@@ -3,21 +3,24 @@
 SwiFT: Kim et al., "SwiFT: Swin 4D fMRI Transformer", NeurIPS 2023 (arXiv 2307.05916).
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from swiftv2.config.load import build
 from swiftv2.config.model import ModelConfig
 from swiftv2.errors import SwiftError
 from swiftv2.models.blocks import Block, DecoupledBlock, PatchMerging
-from swiftv2.models.geometry import Grid, Partition, block_specs, partition, split_axes, stage_grids, untraced
+from swiftv2.models.geometry import Grid, patches_with_brain, split_axes, stage_grids
 from swiftv2.models.initialise import initialise
+from swiftv2.models.routes import Move, Route, StageRoute, Step, sample_route, shared_route
 from swiftv2.models.swift_v1 import encoder_tensors, v1_tree
 
 
@@ -30,14 +33,24 @@ class PatchEmbed(nn.Module):
         h, w, d, t = config.patch_size
         self.fc = nn.Linear(h * w * d * t * config.in_channels, config.embed_dim)
 
-    def forward(self, volume: Tensor) -> Tensor:
-        """(B, C, H, W, D, T) -> (B, h, w, d, t, E); zeros are added on the right up to whole patches."""
+    def forward(self, volume: Tensor, voxels: Tensor | None = None) -> Tensor:
+        """(B, C, H, W, D, T) -> (cells, B, E); zeros are added on the right up to whole patches.
+
+        Args:
+            volume: clips.
+            voxels: flat voxels of the patches to embed, in the padded grid; None embeds all.
+        """
         missing = [-n % p for n, p in zip(volume.shape[2:], self.patch, strict=True)]
         if any(missing):
             volume = functional.pad(volume, [size for m in reversed(missing) for size in (0, m)])
-        cells = split_axes(volume, 2, self.patch)
-        patches = cells.permute(0, 2, 4, 6, 8, 3, 5, 7, 9, 1).flatten(5)
-        out: Tensor = self.fc(patches)
+        batch, channels = volume.shape[:2]
+        if voxels is None:
+            patches = split_axes(volume, 2, self.patch).permute(2, 4, 6, 8, 0, 3, 5, 7, 9, 1)
+        else:
+            of_a_patch, frames = math.prod(self.patch[:3]), self.patch[3]
+            taken = volume.reshape(batch, channels, -1, volume.shape[-1]).index_select(2, voxels)
+            patches = taken.view(batch, channels, -1, of_a_patch, volume.shape[-1] // frames, frames).permute(2, 4, 0, 3, 5, 1)
+        out: Tensor = self.fc(patches.reshape(-1, batch, self.fc.in_features))
         return out
 
 
@@ -52,12 +65,31 @@ class PositionTables(nn.Module):
             self.time_embed = nn.Parameter(torch.zeros(1, width, 1, 1, 1, t))
         self.with_time = with_time
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, h, w, d, t, C) plus the tables, the time table cut to the clip's length."""
-        x = x + self.pos_embed.permute(0, 2, 3, 4, 5, 1)
-        if self.with_time:
-            x = x + self.time_embed[..., : x.shape[4]].permute(0, 2, 3, 4, 5, 1)
-        return x
+    def forward(self, x: Tensor, route: StageRoute, times: int) -> Tensor:
+        """(slots, batch, C) plus the tables at the slots' cells, the time table cut to the clip's length in tokens."""
+        width = x.shape[-1]
+        table = self.pos_embed.view(width, -1, 1)
+        table = table + self.time_embed[..., :times].reshape(width, 1, times) if self.with_time else table.expand(-1, -1, times)
+        rows = table.permute(1, 2, 0).reshape(-1, width)
+        if route.positions is not None:
+            return x + route.positions(rows)[:, None]
+        if route.cells is not None:
+            return x + functional.embedding(route.cells, rows)[:, None]
+        raise SwiftError("this route was made for a model without position tables")
+
+
+_ATTENTION = [
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,  # noqa: SLF001 (names of operators)
+    torch.ops.aten._scaled_dot_product_flash_attention.default,  # noqa: SLF001
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,  # noqa: SLF001
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,  # noqa: SLF001
+]
+KEPT: dict[str, list[Any]] = {
+    "nothing": [],
+    "attention": _ATTENTION,
+    "products": [*_ATTENTION, torch.ops.aten.mm.default, torch.ops.aten.addmm.default],
+}
+"""Operators whose results a checkpointed block keeps."""
 
 
 class Stage(nn.Module):
@@ -69,28 +101,37 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList([kind(config, stage, probability) for probability in drop_path])
         self.downsample = PatchMerging(config.embed_dim * 2**stage) if stage + 1 < len(config.depths) else None
         self.recompute = stage in config.checkpoint_stages
+        self.keep = KEPT[config.checkpoint_keep]
 
-    def forward(self, x: Tensor, cuts: Sequence[list[Partition]], uniforms: Tensor | None) -> Tensor:
-        """(B, h, w, d, t, C) -> the next stage's input, or the same shape after the last stage.
+    def forward(self, x: Tensor, route: StageRoute, uniforms: Tensor | None, children: Move | None) -> Tensor:
+        """(slots, batch, C) -> the next stage's slots, or those of the last attention after the last stage.
 
         Args:
-            x: tokens.
-            cuts: window cuts of each block.
-            uniforms: (B, blocks * branches) draws for drop path, or None.
+            x: tokens in the order of the first attention.
+            route: attentions of each block.
+            uniforms: (samples, blocks * branches) draws for drop path, or None.
+            children: brings tokens to their parents in the next stage; None after the last.
         """
-        shape = x.shape
-        x = x.reshape(-1, shape[-1])
         draws = [None] * len(self.blocks) if uniforms is None else uniforms.chunk(len(self.blocks), dim=1)
-        for block, cut, draw in zip(self.blocks, cuts, draws, strict=True):
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cut, draw, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, cut, draw)
-        x = x.view(shape)
-        if self.downsample is not None:
-            h, w, d, t = shape[1:5]
-            x = self.downsample(x, (h, w, d, t))
+        for block, steps, draw in zip(self.blocks, route.blocks, draws, strict=True):
+            apply = self._recomputed if self.recompute and torch.is_grad_enabled() else _applied
+            x = apply(block, x, steps, draw)
+        if self.downsample is not None and children is not None:
+            x = self.downsample(x, children)
         return x
+
+    def _recomputed(self, block: nn.Module, x: Tensor, steps: tuple[Step, ...], draw: Tensor | None) -> Tensor:
+        if self.keep:
+            contexts = partial(create_selective_checkpoint_contexts, self.keep)
+            out: Tensor = checkpoint(block, x, steps, draw, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        else:
+            out = checkpoint(block, x, steps, draw, use_reentrant=False, preserve_rng_state=False)
+        return out
+
+
+def _applied(block: nn.Module, x: Tensor, steps: tuple[Step, ...], draw: Tensor | None) -> Tensor:
+    out: Tensor = block(x, steps, draw)
+    return out
 
 
 class Swin4D(nn.Module):
@@ -122,6 +163,11 @@ class Swin4D(nn.Module):
         self.layers = nn.ModuleList(stages)
         # SwiFT v1 carries this norm in its weights and never applies it.
         self.norm = nn.LayerNorm(self.width)
+        if config.packing == "template":
+            self.register_buffer("template", torch.zeros(grids[0][:3], dtype=torch.bool))
+            self.template: Tensor
+        self._template_bytes: bytes | None = None
+        self.register_load_state_dict_post_hook(_forget_template)  # type: ignore[no-untyped-call]
         if seed is not None:
             initialise(self, seed)
 
@@ -143,6 +189,7 @@ class Swin4D(nn.Module):
         drop_path: Tensor | None = None,
         hidden: Tensor | None = None,
         token: Tensor | None = None,
+        brain: Tensor | None = None,
     ) -> Tensor:
         """Encode clips.
 
@@ -152,45 +199,81 @@ class Swin4D(nn.Module):
                 `drop_path` is above 0, ignored otherwise.
             hidden: (B, h, w, d, t) bool; these patch embeddings are replaced by `token` before the position tables.
             token: (E,) what replaces them.
+            brain: (B, H, W, D) bool, needed with packing=subject.
 
         Returns:
-            (B, C_last, h, w, d, t): features of the last stage.
+            (B, C_last, h, w, d, t): features of the last stage; with packing, 0 where a token holds no brain.
 
         Raises:
             SwiftError: the clip does not fit the model, or the draws for drop path are missing.
         """
-        grids = self._grids(volume)
+        self._check(volume)
         uniforms = self._uniforms(volume, drop_path)
-        x = self.patch_embed(volume.to(self.patch_embed.fc.weight.dtype))
+        volume = volume.to(self.patch_embed.fc.weight.dtype)
+        route = self._route(volume, brain)
+        x = self.patch_embed(volume, route.voxels)
         if hidden is not None and token is not None:
-            x = torch.where(hidden[..., None], token.to(x.dtype), x)
-        cuts = self._cuts(grids, x.shape[0], x.device, x.dtype)
-        for stage, layer in enumerate(self.layers):
+            cells = hidden.permute(1, 2, 3, 4, 0).reshape(-1, len(volume))
+            x = torch.where((cells if route.cells is None else cells[route.cells])[..., None], token.to(x.dtype), x)
+        x = route.enter(x.reshape(-1, route.batch, x.shape[-1]))
+        merges = [stage.merge for stage in route.stages[1:]]
+        times = -(-volume.shape[-1] // self.config.patch_size[3])
+        for index, (layer, stage, merge) in enumerate(zip(self.layers, route.stages, [*merges, None], strict=True)):
             if self.config.absolute_position:
-                x = self.pos_embeds[stage](x)
-            x = layer(x, cuts[stage], uniforms[stage])
+                x = self.pos_embeds[index](x, stage, times)
+            x = layer(x, stage, uniforms[index], merge)
         if self.config.variant != "swift_v1":
             x = self.norm(x)
-        features: Tensor = x.permute(0, 5, 1, 2, 3, 4).contiguous()
+        grid = stage_grids(self.config, volume.shape[2:])[-1]
+        features: Tensor = route.leave(x).view(*grid, len(volume), -1).permute(4, 5, 0, 1, 2, 3).contiguous()
         return features
 
-    @untraced
-    def _cuts(self, grids: list[Grid], batch: int, device: torch.device, dtype: torch.dtype) -> list[list[list[Partition]]]:
-        """Window cuts by stage, block and attention."""
-        return [
-            [
-                [partition(spec, batch, device, dtype) for spec in block_specs(self.config, stage, block, grid)]
-                for block in range(self.config.depths[stage])
-            ]
-            for stage, grid in enumerate(grids)
-        ]
+    def use_template(self, brain: Tensor) -> None:
+        """Compute only tokens that hold a voxel of this mask, from now on and wherever the weights go.
 
-    def _grids(self, volume: Tensor) -> list[Grid]:
+        Args:
+            brain: (H, W, D) bool, one for all subjects: a mask of their own would give away the size of their heads.
+
+        Raises:
+            SwiftError: the model does not pack by a template, or the mask is of another grid or empty.
+        """
+        if self.config.packing != "template":
+            raise SwiftError(f"a template mask needs model.packing=template, this model has {self.config.packing}")
+        if tuple(brain.shape) != self.config.image_size or not bool(brain.any()):
+            raise SwiftError(
+                f"a template mask of shape {tuple(brain.shape)} with {int(brain.sum())} voxels does not fit a model for "
+                f"{self.config.image_size}: give the brain mask of the grid"
+            )
+        self.template.copy_(patches_with_brain(brain[None], self.config.patch_size)[0])
+        self._template_bytes = None
+
+    def _route(self, volume: Tensor, brain: Tensor | None) -> Route:
+        config, shape = self.config, tuple(volume.shape[2:])
+        if config.packing == "subject":
+            if brain is None or tuple(brain.shape) != (len(volume), *shape[:3]):
+                given = "none" if brain is None else str(tuple(brain.shape))
+                raise SwiftError(f"model.packing=subject needs a brain mask of each clip, (B, H, W, D); got {given}")
+            places = patches_with_brain(brain, config.patch_size)
+            if not bool(places.flatten(1).any(1).all()):
+                raise SwiftError("model.packing=subject: a clip has no brain voxel, so no token to compute")
+            times = -(-shape[3] // config.patch_size[3])
+            kept = places.cpu().numpy()[..., None].repeat(times, axis=-1)
+            return sample_route(config, kept, volume.device, volume.dtype)
+        template = None
+        if config.packing == "template":
+            if self._template_bytes is None:
+                self._template_bytes = self.template.cpu().numpy().tobytes()
+            template = self._template_bytes
+            if not any(template):
+                raise SwiftError("model.packing=template: the model has no template mask yet: call use_template(brain)")
+        return shared_route(config, shape, template, len(volume), volume.device, volume.dtype)
+
+    def _check(self, volume: Tensor) -> None:
         if volume.ndim != 6 or volume.shape[1] != self.config.in_channels:
             expected = f"(B, {self.config.in_channels}, H, W, D, T)"
             raise SwiftError(f"clips of shape {tuple(volume.shape)} do not fit the model: it takes {expected}")
         size, frames = tuple(volume.shape[2:5]), volume.shape[5]
-        if self.config.absolute_position and size != self.config.image_size:
+        if (self.config.absolute_position or self.config.packing == "template") and size != self.config.image_size:
             raise SwiftError(
                 f"clips on a grid of {size} voxels do not fit the model's position tables, made for "
                 f"{self.config.image_size}: set model.image_size or bring the clips to that grid"
@@ -200,7 +283,6 @@ class Swin4D(nn.Module):
                 f"clips of {frames} frames are longer than the model's time tables, made for "
                 f"{self.config.frames}: shorten the clips or set model.frames"
             )
-        return stage_grids(self.config, volume.shape[2:])
 
     def _uniforms(self, volume: Tensor, drop_path: Tensor | None) -> list[Tensor | None]:
         stages = len(self.config.depths)
@@ -245,3 +327,9 @@ class Swin4D(nn.Module):
                 )
         model.load_state_dict(tensors)
         return model
+
+
+def _forget_template(model: nn.Module, _: object) -> None:
+    """Look at the template mask again: other weights may bring another one."""
+    if isinstance(model, Swin4D):
+        model._template_bytes = None  # noqa: SLF001 (a model's own hook)

@@ -1,5 +1,7 @@
 """SimMIM on batches of packed voxels: what one micro-batch costs, as the engine's module."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,11 @@ class Objective(nn.Module):
         self.config = config
         self.grid_shape = grid_shape
         self.simmim = SimMIM(config.model, config.mask, config.loss, seed=config.run.seed)
+        if config.model.packing == "template":
+            # What the store keeps is the template mask of its grid: one for all subjects.
+            template = torch.zeros(math.prod(grid_shape), dtype=torch.bool)
+            template[voxels.cpu()] = True
+            self.simmim.encoder.use_template(template.view(grid_shape))
         if config.model.variant == "swift_v1":
             # v1 keeps this norm and never applies it; under ZeRO a parameter without a gradient would decay.
             self.simmim.encoder.norm.requires_grad_(requires_grad=False)

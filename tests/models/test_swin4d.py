@@ -9,11 +9,10 @@ import torch
 from swiftv2.config.model import ModelConfig
 from swiftv2.errors import SwiftError
 from swiftv2.models import Swin4D, decay_names
-from swiftv2.models.attention import WindowAttention, rotary_tables, rotate
-from swiftv2.models.blocks import DecoupledBlock, PatchMerging
-from swiftv2.models.geometry import WindowSpec, partition
+from swiftv2.models.attention import rotate
+from swiftv2.models.blocks import DecoupledBlock
+from swiftv2.models.routes import rotary_tables
 
-CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
     "name": "small",
     "image_size": (10, 8, 6),
@@ -50,66 +49,6 @@ def test_output_shape_and_dtype(variant: str) -> None:
     output = Swin4D(small(variant))(clip())
     assert output.shape == (2, 24, 3, 2, 2, 6)
     assert output.dtype == torch.float32
-
-
-@pytest.mark.parametrize("mask_padding", [True, False])
-def test_padded_keys_are_seen_only_by_swift_v1(mask_padding: bool) -> None:
-    """The bias of keys and values is all that padding carries: with one window of padding, move it and look."""
-    torch.manual_seed(0)
-    attention = WindowAttention(8, 2, bias=True)
-    spec = WindowSpec.fit((3, 3, 1, 5), (2, 2, 1, 4), shifted=False, mask_padding=mask_padding)
-    rows = torch.randn(45, 8)
-    alone = []
-    for token in (0, 44):  # a token of a full window, and one of a window that is mostly padding
-        cut = partition(spec, 1, CPU, torch.float32)
-        windows = cut.split(rows)
-        index = int(torch.nonzero((windows[:, :, 0] == rows[token]).all(-1))[0, 0])
-        members = windows[index, :, 0]
-        real = members[members.abs().sum(-1) > 0] if mask_padding else members
-        one = partition(WindowSpec.fit((1, 1, 1, len(real)), (1, 1, 1, 99), False, True), 1, CPU, torch.float32)
-        where = int(torch.nonzero((real == rows[token]).all(-1))[0, 0])
-        alone.append((token, attention(real, one)[where]))
-    out = attention(rows, partition(spec, 1, CPU, torch.float32))
-    for token, expected in alone:
-        torch.testing.assert_close(out[token], expected)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shifted", [False, True])
-def test_attention_equals_attention_over_each_region_written_out(variant: str, shifted: bool) -> None:
-    """Tokens talk within their window's region, padding to nobody: the definition, region by region."""
-    torch.manual_seed(1)
-    grid, window = (5, 4, 3, 6), (2, 2, 2, 4) if variant == "unified" else (1, 1, 1, 4)
-    spec = WindowSpec.fit(grid, window, shifted, mask_padding=True)
-    attention = WindowAttention(12, 2, bias=True, rotary_theta=None if variant == "unified" else 1e4)
-    rows = torch.randn(360, 12)
-    out = attention(rows, partition(spec, 1, CPU, torch.float32))
-
-    def groups(axis: int) -> list[list[int]]:
-        """A shifted axis is cut at shift, shift + window, ...: the ends are regions of their own."""
-        shift, size = spec.shift[axis], spec.window[axis]
-        return [
-            [i for i in range(grid[axis]) if (i - shift) // size == cell]
-            for cell in range(-1, grid[axis] // size + 1)
-            if any((i - shift) // size == cell for i in range(grid[axis]))
-        ]
-
-    ids = torch.arange(360).view(grid)
-    for h, w, d, t in itertools.product(*map(groups, range(4))):
-        members = ids[h][:, w][:, :, d][:, :, :, t]
-        shape = members.shape
-        alone = partition(WindowSpec.fit(shape, shape, False, True), 1, CPU, torch.float32)  # type: ignore[arg-type]
-        flat = members.flatten()
-        torch.testing.assert_close(out[flat], attention(rows[flat], alone), atol=1e-5, rtol=1e-4)
-
-
-def test_missing_children_are_zeros_before_the_norm() -> None:
-    merging = PatchMerging(4)
-    x = torch.randn(2, 3, 2, 1, 5, 4)
-    padded = torch.zeros(2, 4, 2, 2, 5, 4)
-    padded[:, :3, :, :1] = x
-    torch.testing.assert_close(merging(x, (3, 2, 1, 5)), merging(padded, (4, 2, 2, 5)))
-    assert merging(x, (3, 2, 1, 5)).shape == (2, 2, 1, 1, 5, 8)
 
 
 def test_image_padding_is_zero_on_the_right() -> None:
@@ -216,21 +155,21 @@ def test_decoupled_scales_start_where_configured() -> None:
     assert bool((state["layers.1.blocks.1.spatial_scale.scale"] == 0.9).all())
 
 
-@pytest.mark.parametrize("window", [(1, 1, 1, 6), (3, 2, 4, 1)])
-def test_rotary_scores_depend_on_differences_alone(window: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize("window", [(6,), (3, 2, 4)])
+def test_rotary_scores_depend_on_differences_alone(window: tuple[int, ...]) -> None:
     head_dim = 16
-    cosine, sine = rotary_tables(window, head_dim, 1e4, CPU)
+    places = [torch.tensor(p) for p in itertools.product(*map(range, window))]
+    cosine, sine = (torch.from_numpy(t)[:, 0] for t in rotary_tables(torch.stack(places).numpy() + 5, head_dim, 1e4))
     length = cosine.shape[0]
     query, key = torch.randn(head_dim), torch.randn(head_dim)
     scores = rotate(query.expand(length, -1), cosine, sine) @ rotate(key.expand(length, -1), cosine, sine).T
-    places = [torch.tensor(p) for p in itertools.product(*map(range, window))]
     seen: dict[tuple[int, ...], float] = {}
     for i, a in enumerate(places):
         for j, b in enumerate(places):
             difference = tuple((a - b).tolist())
             assert float(scores[i, j]) == pytest.approx(seen.setdefault(difference, float(scores[i, j])), abs=1e-4)
     assert len({round(value, 3) for value in seen.values()}) > len(seen) // 2
-    unrotated = head_dim % 6 if window[3] == 1 else 0
+    unrotated = head_dim % 6 if len(window) == 3 else 0
     rotated = rotate(torch.ones(length, head_dim), cosine, sine)
     assert bool((rotated[:, head_dim - unrotated :] == 1).all())
     assert not torch.allclose(rotated[-1, : head_dim - unrotated], torch.ones(head_dim - unrotated))
