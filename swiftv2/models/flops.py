@@ -1,18 +1,25 @@
-"""Floating-point operations of a forward pass, counted stage by stage; padded tokens included.
+"""Floating-point operations of a forward pass, counted stage by stage: as published, and as really computed.
 
 A multiply and an add count as two. Matrix products and attention are counted; norms, GELUs and additions are not, as is
 usual and as PyTorch's counter does.
 """
 
 import math
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from swiftv2.config.model import ModelConfig
+from swiftv2.errors import SwiftError
 from swiftv2.models.decoders import expansion, hidden_width
 from swiftv2.models.geometry import Grid, block_specs, stage_grids
+from swiftv2.models.routes import Route, StageRoute, shared_route
 
 
 def forward_flops(config: ModelConfig) -> dict[str, int]:
-    """FLOPs of one clip of the configured grid and length.
+    """FLOPs of one clip of the configured grid and length, whole windows counted: the published figure.
 
     Returns:
         `patch_embed`, `stage_1`... (each with its blocks and the merging that ends it), their sum `encoder`, `decoder`,
@@ -28,6 +35,59 @@ def forward_flops(config: ModelConfig) -> dict[str, int]:
         counts[f"stage_{stage + 1}"] = count
     encoder, decoder = sum(counts.values()), _decoder(config, grids[-1])
     return counts | {"encoder": encoder, "decoder": decoder, "total": encoder + decoder}
+
+
+def computed_flops(config: ModelConfig, template: NDArray[np.bool_] | None = None) -> dict[str, int]:
+    """FLOPs that this package spends on one clip of the configured grid and length.
+
+    Counted from the slots of every attention: tokens without brain cost nothing where they are left out; padding of
+    groups to the length of their bucket counts.
+
+    Args:
+        config: the model.
+        template: (h, w, d) bool, the first stage's tokens that hold brain; None counts all of them.
+
+    Returns:
+        The keys of `forward_flops`.
+
+    Raises:
+        SwiftError: the template is not of the model's grid, or empty.
+    """
+    grids = stage_grids(config)
+    if template is not None and (template.shape != grids[0][:3] or not template.any()):
+        raise SwiftError(
+            f"a template of {template.shape} tokens, {int(template.sum())} of them with brain, does not fit "
+            f"{config.name}, whose first stage has {grids[0][:3]}"
+        )
+    kept = None if template is None else template.astype(np.bool_).tobytes()
+    shape = (*config.image_size, config.frames)
+    route = shared_route(config, shape, kept, 1, torch.device("cpu"), torch.float32)
+    embedded = math.prod(grids[0]) if route.cells is None else len(route.cells)
+    counts = {"patch_embed": _linear(embedded, math.prod(config.patch_size) * config.in_channels, config.embed_dim)}
+    counts |= _route_flops(config, route)
+    encoder, decoder = sum(counts.values()), _decoder(config, grids[-1])
+    return counts | {"encoder": encoder, "decoder": decoder, "total": encoder + decoder}
+
+
+def _route_flops(config: ModelConfig, route: Route) -> dict[str, int]:
+    """FLOPs of each stage over a route, for each of the samples side by side."""
+    counts = [_stage(config, stage, one) for stage, one in enumerate(route.stages)]
+    for stage, (_, following) in enumerate(pairwise(route.slots)):
+        width = config.embed_dim * 2**stage
+        counts[stage] += _linear(following[0], 8 * width, 2 * width)
+    return {f"stage_{stage + 1}": count for stage, count in enumerate(counts)}
+
+
+def _stage(config: ModelConfig, stage: int, route: StageRoute) -> int:
+    width = config.embed_dim * 2**stage
+    hidden, count = int(width * config.mlp_ratio), 0
+    for block in route.blocks:
+        for step in block:
+            rows = sum(groups * length for groups, length, _ in step.layout.buckets)
+            pairs = sum(groups * length**2 for groups, length, _ in step.layout.buckets)
+            count += _linear(rows, width, 4 * width) + 2 * _linear(pairs, width, 1)
+        count += 2 * _linear(rows, width, hidden)
+    return count
 
 
 def _linear(rows: int, inputs: int, outputs: int) -> int:
