@@ -98,7 +98,7 @@ class ModelConfig(Config):
         if self.variant != "swift_v1":
             return self
         if self.packing != "none":
-            raise ValueError(f"packing={self.packing}: SwiFT v1 attends to background; its weights are exact without packing only")
+            raise ValueError(f"packing={self.packing}: SwiFT v1 attends to background; only packing=none is exact for it")
         if self.patch_size[3] != 1:
             raise ValueError(f"patch_size={self.patch_size}: variant=swift_v1 has patches of one frame")
         merged = 2 ** (len(self.depths) - 1)

@@ -192,5 +192,5 @@ def test_packing_without_a_mask_is_refused() -> None:
 
 
 def test_swift_v1_refuses_packing() -> None:
-    with pytest.raises(ValueError, match="without packing only"):
+    with pytest.raises(ValueError, match="only packing=none is exact"):
         config("swift_v1", packing="template", image_size=(8, 8, 8))
