@@ -127,6 +127,8 @@ class Route:
     """Kept cells of the first stage, in C order; None where rows of all cells come in."""
     voxels: Tensor | None = None
     """Voxels of their patches, flat in the padded grid: (places * voxels of a patch,)."""
+    rows: Tensor | None = None
+    """Rows of (cell, sample) that are embedded, where every sample has tokens of its own: those alone come in."""
 
 
 @untraced
@@ -173,10 +175,11 @@ def sample_route(config: ModelConfig, kept: NDArray[np.bool_], device: torch.dev
         dtype: number format of the queries.
 
     Returns:
-        A route whose `enter` takes rows of (cell, sample) of the whole grid.
+        A route whose `enter` takes the kept rows of (cell, sample), sample by sample, their cells in C order.
     """
     tokens = TokenSet.per_sample(kept)
-    return _route(config, tokens, _places(tokens, len(kept)), len(kept), device, dtype)
+    route = _route(config, tokens, np.arange(len(tokens)), len(kept), device, dtype)
+    return replace(route, rows=_on(tokens.rows(len(kept)), device))
 
 
 def _patch_voxels(kept: NDArray[np.bool_], patch: Grid) -> NDArray[np.int64]:

@@ -18,7 +18,7 @@ from swiftv2.config.load import build
 from swiftv2.config.model import ModelConfig
 from swiftv2.errors import SwiftError
 from swiftv2.models.blocks import Block, DecoupledBlock, PatchMerging
-from swiftv2.models.geometry import Grid, patches_with_brain, split_axes, stage_grids
+from swiftv2.models.geometry import Grid, patches_with_brain, split_axes, stage_grids, token_grid
 from swiftv2.models.initialise import initialise
 from swiftv2.models.routes import Move, Route, StageRoute, Step, sample_route, shared_route
 from swiftv2.models.swift_v1 import encoder_tensors, v1_tree
@@ -33,12 +33,13 @@ class PatchEmbed(nn.Module):
         h, w, d, t = config.patch_size
         self.fc = nn.Linear(h * w * d * t * config.in_channels, config.embed_dim)
 
-    def forward(self, volume: Tensor, voxels: Tensor | None = None) -> Tensor:
-        """(B, C, H, W, D, T) -> (cells, B, E); zeros are added on the right up to whole patches.
+    def forward(self, volume: Tensor, voxels: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """(B, C, H, W, D, T) -> (cells * B, E); zeros are added on the right up to whole patches.
 
         Args:
             volume: clips.
             voxels: flat voxels of the patches to embed, in the padded grid; None embeds all.
+            rows: rows of (cell, sample) to embed; None embeds all.
         """
         missing = [-n % p for n, p in zip(volume.shape[2:], self.patch, strict=True)]
         if any(missing):
@@ -50,7 +51,8 @@ class PatchEmbed(nn.Module):
             of_a_patch, frames = math.prod(self.patch[:3]), self.patch[3]
             taken = volume.reshape(batch, channels, -1, volume.shape[-1]).index_select(2, voxels)
             patches = taken.view(batch, channels, -1, of_a_patch, volume.shape[-1] // frames, frames).permute(2, 4, 0, 3, 5, 1)
-        out: Tensor = self.fc(patches.reshape(-1, batch, self.fc.in_features))
+        patches = patches.reshape(-1, self.fc.in_features)
+        out: Tensor = self.fc(patches if rows is None else patches.index_select(0, rows))
         return out
 
 
@@ -208,14 +210,54 @@ class Swin4D(nn.Module):
             SwiftError: the clip does not fit the model, or the draws for drop path are missing.
         """
         self._check(volume)
-        uniforms = self._uniforms(volume, drop_path)
-        volume = volume.to(self.patch_embed.fc.weight.dtype)
         route = self._route(volume, brain)
-        x = self.patch_embed(volume, route.voxels)
+        x = self._embed(volume, route)
         if hidden is not None and token is not None:
             cells = hidden.permute(1, 2, 3, 4, 0).reshape(-1, len(volume))
-            x = torch.where((cells if route.cells is None else cells[route.cells])[..., None], token.to(x.dtype), x)
-        x = route.enter(x.reshape(-1, route.batch, x.shape[-1]))
+            cells = cells if route.cells is None else cells[route.cells]
+            cells = cells.reshape(-1) if route.rows is None else cells.reshape(-1)[route.rows]
+            x = torch.where(cells[:, None], token.to(x.dtype), x)
+        return self._encode(x, route, volume, drop_path)
+
+    def encode_visible(
+        self, volume: Tensor, visible: Tensor, drop_path: Tensor | None = None, brain: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode clips of which only some tokens are there, by the definition of packing: others are never computed.
+
+        Args:
+            volume: (B, C, H, W, D, T), as in `forward`; only visible patches are read.
+            visible: (B, h, w, d, t) bool; of these, packing leaves those that hold brain.
+            drop_path: see `forward`.
+            brain: see `forward`.
+
+        Returns:
+            Features as of `forward`, 0 where no visible token lies under them; the embeddings (n, E) of the visible
+            patches; and their rows (n,) among those of (cell, sample).
+
+        Raises:
+            SwiftError: a clip has no visible token, or as in `forward`.
+        """
+        self._check(volume)
+        if self.config.variant == "swift_v1":
+            raise SwiftError("variant=swift_v1 attends to every token: encoding visible ones alone needs another variant")
+        kept = self.tokens(volume, brain) & visible.cpu()
+        empty = (~kept.flatten(1).any(1)).sum()
+        if empty:
+            raise SwiftError(f"{empty} of {len(volume)} clips have no visible token to encode: lower mask.ratio")
+        dtype = self.patch_embed.fc.weight.dtype
+        route = sample_route(self.config, kept.numpy(), volume.device, dtype)
+        x = self._embed(volume, route)
+        if route.rows is None:
+            raise AssertionError("tokens of each sample's own have rows of their own")
+        return self._encode(x, route, volume, drop_path), x, route.rows
+
+    def _embed(self, volume: Tensor, route: Route) -> Tensor:
+        out: Tensor = self.patch_embed(volume.to(self.patch_embed.fc.weight.dtype), route.voxels, route.rows)
+        return out
+
+    def _encode(self, x: Tensor, route: Route, volume: Tensor, drop_path: Tensor | None) -> Tensor:
+        uniforms = self._uniforms(volume, drop_path)
+        x = route.enter(x.view(-1, route.batch, x.shape[-1]))
         merges = [stage.merge for stage in route.stages[1:]]
         times = -(-volume.shape[-1] // self.config.patch_size[3])
         for index, (layer, stage, merge) in enumerate(zip(self.layers, route.stages, [*merges, None], strict=True)):
@@ -247,26 +289,41 @@ class Swin4D(nn.Module):
         self.template.copy_(patches_with_brain(brain[None], self.config.patch_size)[0])
         self._template_bytes = None
 
-    def _route(self, volume: Tensor, brain: Tensor | None) -> Route:
-        config, shape = self.config, tuple(volume.shape[2:])
+    def tokens(self, volume: Tensor, brain: Tensor | None = None) -> Tensor:
+        """(B, h, w, d, t) bool on the CPU: the first stage's tokens that packing leaves in; arguments as of `forward`."""
+        config, grid = self.config, token_grid(self.config, volume.shape[2:])
         if config.packing == "subject":
-            if brain is None or tuple(brain.shape) != (len(volume), *shape[:3]):
-                given = "none" if brain is None else str(tuple(brain.shape))
-                raise SwiftError(f"model.packing=subject needs a brain mask of each clip, (B, H, W, D); got {given}")
-            places = patches_with_brain(brain, config.patch_size)
-            if not bool(places.flatten(1).any(1).all()):
-                raise SwiftError("model.packing=subject: a clip has no brain voxel, so no token to compute")
-            times = -(-shape[3] // config.patch_size[3])
-            kept = places.cpu().numpy()[..., None].repeat(times, axis=-1)
-            return sample_route(config, kept, volume.device, volume.dtype)
-        template = None
-        if config.packing == "template":
-            if self._template_bytes is None:
-                self._template_bytes = self.template.cpu().numpy().tobytes()
-            template = self._template_bytes
-            if not any(template):
-                raise SwiftError("model.packing=template: the model has no template mask yet: call use_template(brain)")
-        return shared_route(config, shape, template, len(volume), volume.device, volume.dtype)
+            places = self._subject_places(volume, brain)
+        elif config.packing == "template":
+            kept = np.frombuffer(self._settled_template(), dtype=np.bool_).reshape(1, *grid[:3])
+            places = torch.from_numpy(kept.copy())
+        else:
+            places = torch.ones(1, *grid[:3], dtype=torch.bool)
+        return places[..., None].expand(len(volume), *grid)
+
+    def _route(self, volume: Tensor, brain: Tensor | None) -> Route:
+        config, dtype = self.config, self.patch_embed.fc.weight.dtype
+        if config.packing == "subject":
+            return sample_route(config, self.tokens(volume, brain).numpy(), volume.device, dtype)
+        template = self._settled_template() if config.packing == "template" else None
+        return shared_route(config, tuple(volume.shape[2:]), template, len(volume), volume.device, dtype)
+
+    def _subject_places(self, volume: Tensor, brain: Tensor | None) -> Tensor:
+        """(B, h, w, d) bool on the CPU: patches with brain."""
+        if brain is None or tuple(brain.shape) != (len(volume), *volume.shape[2:5]):
+            given = "none" if brain is None else str(tuple(brain.shape))
+            raise SwiftError(f"model.packing=subject needs a brain mask of each clip, (B, H, W, D); got {given}")
+        places = patches_with_brain(brain, self.config.patch_size)
+        if not bool(places.flatten(1).any(1).all()):
+            raise SwiftError("model.packing=subject: a clip has no brain voxel, so no token to compute")
+        return places.cpu()
+
+    def _settled_template(self) -> bytes:
+        if self._template_bytes is None:
+            self._template_bytes = self.template.cpu().numpy().tobytes()
+        if not any(self._template_bytes):
+            raise SwiftError("model.packing=template: the model has no template mask yet: call use_template(brain)")
+        return self._template_bytes
 
     def _check(self, volume: Tensor) -> None:
         if volume.ndim != 6 or volume.shape[1] != self.config.in_channels:
