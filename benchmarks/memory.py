@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import dataclasses
 import gc
+import importlib
 import json
 import os
 import subprocess
@@ -30,6 +31,7 @@ from swiftv2.engine import launch
 from swiftv2.engine.backend import build_backend
 from swiftv2.errors import SwiftError
 from swiftv2.models import decay_names
+from swiftv2.plan.accounts import KINDS
 from swiftv2.plan.memory import RankMemory, rank_memory
 from swiftv2.recipes.planning import decayed_parameters, find_window, make_batch, make_objective, passes
 
@@ -78,11 +80,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file to be written instead of the screen")
     parser.add_argument("--cases", type=int, nargs="*", help="numbers of the settings to measure; all by default")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--setting", help=argparse.SUPPRESS)
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.run:
-        _measure_here(Case(**json.loads(arguments.run)), arguments.answer, arguments.device)
+    if arguments.setting:
+        _measure_here(Case(**json.loads(arguments.setting)), arguments.answer, arguments.device)
         return
     chosen = [case for index, case in enumerate(CASES) if arguments.cases is None or index in arguments.cases]
     rows = []
@@ -98,7 +100,7 @@ def _planned(case: Case, device: str) -> RankMemory:
     micro_batch, accumulation = split_batch(config.train.global_batch, case.ranks, config.train.micro_batch)
     held = passes(config, find_window(config))
     decayed = decayed_parameters(config)
-    # Batches stand ready here: none is on its way beside the one that is computed.
+    # Here no other batch is on its way to the GPU beside the one that is computed.
     cuda = device == "cuda"
     plan = rank_memory(held, decayed, config.engine, case.ranks, micro_batch, accumulation, cuda=cuda)
     return dataclasses.replace(plan, other=plan.other - int(held.input_bytes(micro_batch)) * cuda)
@@ -108,7 +110,7 @@ def _measured(case: Case, device: str) -> int:
     """Bytes of the fullest rank."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "peak"
-        words = [str(Path(__file__).resolve()), "--run", json.dumps(dataclasses.asdict(case)), "--answer", str(answer)]
+        words = [str(Path(__file__).resolve()), "--setting", json.dumps(dataclasses.asdict(case)), "--answer", str(answer)]
         program = [sys.executable, *words, "--device", device]
         if case.ranks > 1:
             several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
@@ -128,7 +130,7 @@ def _measure_here(case: Case, answer: Path, device: str) -> None:
     micro_batch, accumulation = split_batch(config.train.global_batch, case.ranks, config.train.micro_batch)
     if engine.backend == "deepspeed":
         os.environ["DS_ACCELERATOR"] = device
-        import swiftv2.engine.zero
+        importlib.import_module("swiftv2.engine.zero")
     world = launch.start(engine)
     window = find_window(config)
     _warm_libraries(world.device)
@@ -136,7 +138,7 @@ def _measure_here(case: Case, answer: Path, device: str) -> None:
     objective = make_objective(config, window)
     parts = (engine, config.optimizer, objective, decay_names(objective), world, micro_batch, accumulation)
     backend = build_backend(*parts)
-    batches = [make_batch(config, window, micro_batch).to(world.device) for _ in range(1)]
+    batch = make_batch(config, window, micro_batch).to(world.device)
     peak = 0
     for _ in range(2):
         gc.collect()
@@ -145,7 +147,7 @@ def _measure_here(case: Case, answer: Path, device: str) -> None:
         else:
             torch.cuda.reset_peak_memory_stats()
         for _ in range(accumulation):
-            backend.forward_backward(batches[0])
+            backend.forward_backward(batch)
         backend.step(RATE)
         peak = machine.memory("VmHWM") - base if device == "cpu" else torch.cuda.max_memory_allocated()
     answer.with_name(f"peak-{world.rank}").write_text(str(peak), encoding="utf-8")
@@ -156,29 +158,28 @@ def _measure_here(case: Case, answer: Path, device: str) -> None:
 def _warm_libraries(device: torch.device) -> None:
     """Let libraries that load lazily do so before memory is counted."""
     for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(64, 64, device=device, dtype=dtype, requires_grad=True)
-        torch.nn.functional.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None]).sum().backward()
-        torch.nn.functional.layer_norm(torch.nn.functional.gelu(x @ x), (64,)).sum().backward()
+        x = torch.ones(1, 1, 64, 64, device=device, dtype=dtype, requires_grad=True)
+        mixed = torch.nn.functional.scaled_dot_product_attention(x @ x, x, x)
+        torch.autograd.backward(torch.nn.functional.layer_norm(torch.nn.functional.gelu(mixed), (64,)).sum())
 
 
 def _page(rows: list[tuple[Case, RankMemory, int]], device: str) -> str:
-    heads = ("model", "setting", "ranks", "weights", "gradients", "optimizer", "activations", "buckets", "other", "planned", "measured", "error")
+    heads = ("model", "setting", "ranks", *KINDS, "planned", "measured", "error")
     lines = []
     for case, plan, found in rows:
         words = [word for word in case.words.split() if not word.startswith("train.global_batch")]
-        parts = [f"{size / 1e6:,.0f}" for kind, size in plan.to_dict().items() if kind not in {"reserve", "total"}]
-        error = plan.tensors / found - 1
-        setting = " ".join(word.removeprefix("engine.").removeprefix("train.").removeprefix("model.") for word in words)
-        lines.append((case.preset, setting, str(case.ranks), *parts, f"{plan.tensors / 1e6:,.0f}", f"{found / 1e6:,.0f}", f"{error:+.1%}"))
+        setting = " ".join(word.partition(".")[2] for word in words)
+        sizes = [f"{size / 1e6:,.0f}" for size in (*(getattr(plan, kind) for kind in KINDS), plan.tensors, found)]
+        lines.append((case.preset, setting, str(case.ranks), *sizes, f"{plan.tensors / found - 1:+.1%}"))
     worst = max(abs(plan.tensors / found - 1) for _, plan, found in rows)
-    how = "torch.cuda.max_memory_allocated" if device == "cuda" else "VmHWM of the second step less what was resident after the imports"
-    body = [
-        *machine.prose(
-            f"MB (1e6 bytes) of the fullest rank; clips of 96^3 x 20 of the MNI152 brain at 2 mm, generated. Measured: {how}. "
-            f"Planned: `swiftv2.plan`, bytes by kind at the planned peak. The largest error is {worst:.1%}; the target {TARGET:.0%}."
-        ),
-        *machine.table(heads, lines),
-    ]
+    on_cpu = "VmHWM of the second step less what was resident after the imports"
+    how = "torch.cuda.max_memory_allocated" if device == "cuda" else on_cpu
+    text = (
+        f"MB (1e6 bytes) of the fullest rank; clips of 96^3 x 20 of the MNI152 brain at 2 mm, generated. Measured: {how}. "
+        "Planned: what `swiftv2 plan` says of tensors, without its reserve, and its bytes by kind at the planned peak. "
+        f"The largest error is {worst:.1%}; the target is {TARGET:.0%}."
+    )
+    body = [*machine.prose(text), *machine.table(heads, lines)]
     return machine.page("Memory of a rank: planned and measured", ("torch", "deepspeed"), body)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from swiftv2.config.engine import EngineConfig
 from swiftv2.plan.accounts import KINDS, Account, Layout, Ledger, account
-from swiftv2.plan.tape import FREED, GRADIENT, HELD, Tape
+from swiftv2.plan.tape import FREED, GRADIENT, HELD, INSIDE, Tape
 
 CONTEXT_BYTES = 1_000_000_000
 """CUDA context, cuBLAS workspaces and NCCL's buffers, outside PyTorch's allocator: 0.6 to 1.2 GB are usual."""
@@ -105,13 +105,15 @@ def _play(tape: Tape, micro_batch: int, ledger: Ledger, books: Account) -> None:
     for event in tape.events:
         size = event.fixed + event.each * micro_batch
         if event.kind == HELD:
-            held[event.index] = size
+            held[event.number] = size
             ledger.add("activations", size)
         elif event.kind == FREED:
-            ledger.add("activations", -held.pop(event.index, 0.0))
+            ledger.add("activations", -held.pop(event.number, 0.0))
         elif event.kind == GRADIENT:
             ledger.add("activations", -size)
-            books.gradient(event.index)
+            books.gradient(event.number)
+        elif event.kind == INSIDE and not books.cuda:
+            ledger.pass_by("activations", size)
     ledger.add("activations", -ledger.now["activations"])
 
 

@@ -19,16 +19,18 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from swiftv2.errors import SwiftError
 
-HELD, FREED, GRADIENT = 0, 1, 2
-"""Kinds of events: a storage appears, a storage goes, a parameter's gradient is complete."""
+HELD, FREED, GRADIENT, INSIDE = 0, 1, 2, 3
+"""Kinds of events: a storage appears, a storage goes, a parameter's gradient is complete, a CPU kernel takes room inside."""
+
+_ITEM = torch.ops.aten._local_scalar_dense.default  # noqa: SLF001 (the name of an operator)
 
 
 class Event(NamedTuple):
     """Something that happens to memory."""
 
     kind: int
-    index: int
-    """Number of the storage, or of the parameter whose gradient is complete."""
+    number: int
+    """Of the storage, or of the parameter whose gradient is complete; else 0."""
     fixed: float
     """Bytes whatever the micro-batch."""
     each: float
@@ -52,11 +54,11 @@ class Tape:
     """The only micro-batch that this tape describes; None where it holds for every one."""
 
 
-class FakeNumbers(TorchDispatchMode):
+class FakeNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs floating-point operations on fake tensors, and those on integers and booleans for real."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.building = True
         """While a module is built, whatever asks for a number that is not there gets 0: first values are of no interest."""
@@ -70,7 +72,7 @@ class FakeNumbers(TorchDispatchMode):
 
     def _computed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
-        if self.building and func is torch.ops.aten._local_scalar_dense.default and isinstance(tensors[0], FakeTensor):
+        if self.building and func is _ITEM and isinstance(tensors[0], FakeTensor):
             return 0
         dtype = kwargs.get("dtype")
         numbers = any(isinstance(x, FakeTensor) or x.is_floating_point() for x in tensors)
@@ -88,7 +90,7 @@ class FakeNumbers(TorchDispatchMode):
             return func(*args, **kwargs)
 
 
-class Recorder(FakeNumbers):
+class Recorder(FakeNumbers):  # type: ignore[no-untyped-call]
     """Writes down every storage that appears and goes."""
 
     def __init__(self) -> None:
@@ -100,6 +102,9 @@ class Recorder(FakeNumbers):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """One operation and the storages of its results."""
+        if func is torch.ops.aten.sum.dim_IntList and not args[0].is_floating_point():
+            # Sums of integers and booleans are taken over an int64 copy on a CPU.
+            self.events.append((INSIDE, 0, args[0].numel() * torch.int64.itemsize))
         made = super().__torch_dispatch__(func, types, args, kwargs)
         for tensor in tree_iter(made):
             if isinstance(tensor, Tensor):
@@ -173,11 +178,13 @@ def _record(recorder: Recorder, make: Callable[[], tuple[nn.Module, Any]], micro
     kept = recorder.live - before + sum(b.numel() * b.element_size() for b in module.buffers())
     recorder.events.clear()
     for index, parameter in enumerate(trained):
-        parameter.register_post_accumulate_grad_hook(
-            lambda p, i=index: recorder.events.append((GRADIENT, i, p.numel() * p.element_size()))
-        )
+
+        def note(grown: Tensor, number: int = index) -> None:
+            recorder.events.append((GRADIENT, number, grown.numel() * grown.element_size()))
+
+        parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
     torch.autograd.backward(module(batch))
-    events = tuple(Event(kind, index, float(size), 0.0) for kind, index, size in recorder.events)
+    events = tuple(Event(kind, number, float(size), 0.0) for kind, number, size in recorder.events)
     missing = len(trained) - sum(event.kind == GRADIENT for event in events)
     if missing:
         raise SwiftError(f"{missing} trainable parameters get no gradient: memory cannot be planned for this model")
@@ -186,20 +193,27 @@ def _record(recorder: Recorder, make: Callable[[], tuple[nn.Module, Any]], micro
 
 
 def stretch(one: Tape, two: Tape) -> Tape | None:
-    """A tape for every micro-batch, from those of one clip and of two.
+    """A tape for every micro-batch, from those of two different ones.
 
-    None where the passes differ in more than sizes, as they may where every sample has tokens of its own.
+    None where the passes differ in more than sizes, as those of a single clip do from others: what has one clip need not
+    be moved to be looked at otherwise.
     """
+    first, second = one.micro_batch, two.micro_batch
     pairs = list(zip(_named(one.events), _named(two.events), strict=False))
-    same = len(one.events) == len(two.events) and all((a.kind, a.index) == (b.kind, b.index) for a, b in pairs)
-    if not same:
+    same = len(one.events) == len(two.events) and all((a.kind, a.number) == (b.kind, b.number) for a, b in pairs)
+    if not same or first is None or second is None or first == second:
         return None
-    events = tuple(Event(a.kind, a.index, 2 * a.fixed - b.fixed, b.fixed - a.fixed) for a, b in pairs)
-    kept = (2 * one.kept[0] - two.kept[0], two.kept[0] - one.kept[0])
-    return Tape(events, one.sizes, one.frozen_bytes, kept, one.element)
+
+    def line(at_first: float, at_second: float) -> tuple[float, float]:
+        each = (at_second - at_first) / (second - first)
+        return at_first - first * each, each
+
+    events = tuple(Event(a.kind, a.number, *line(a.fixed, b.fixed)) for a, b in pairs)
+    return Tape(events, one.sizes, one.frozen_bytes, line(one.kept[0], two.kept[0]), one.element)
 
 
 def _named(events: Sequence[Event]) -> list[Event]:
     """The same with storages numbered in the order in which they appear."""
     names: dict[int, int] = {}
-    return [e if e.kind == GRADIENT else e._replace(index=names.setdefault(e.index, len(names))) for e in events]
+    storages = {HELD, FREED}
+    return [e._replace(number=names.setdefault(e.number, len(names))) if e.kind in storages else e for e in events]

@@ -14,7 +14,9 @@ from swiftv2.data.samples.masks import Shape3, brain_cells, cell_counts, draw_ma
 from swiftv2.data.store.reader import Store
 from swiftv2.errors import SwiftError
 from swiftv2.models import decay_names
+from swiftv2.models.flops import forward_flops
 from swiftv2.plan.memory import Passes
+from swiftv2.plan.run import MFU, RunPlan, Work, plan_run
 from swiftv2.plan.tape import Tape, record, stretch
 from swiftv2.recipes.objective import Objective
 
@@ -96,7 +98,8 @@ def make_batch(config: PretrainConfig, window: Window, clips: int) -> Batch:
 def passes(config: PretrainConfig, window: Window) -> Passes:
     """What forward and backward passes of a run hold, recorded from its real objective.
 
-    Micro-batches whose passes differ in more than sizes (packing by subject) are recorded one by one.
+    One clip is recorded by itself; passes of two clips and of three tell those of every larger number, where they differ in
+    sizes alone, as they do.
     """
 
     @cache
@@ -106,11 +109,11 @@ def passes(config: PretrainConfig, window: Window) -> Passes:
         )
 
     @cache
-    def every() -> Tape | None:
-        return stretch(of(1), of(2))
+    def several() -> Tape | None:
+        return stretch(of(2), of(3))
 
     def tape(clips: int) -> Tape:
-        return every() or of(clips)
+        return of(clips) if clips == 1 else several() or of(clips)
 
     size = make_batch(config, window, 1).bytes
     return Passes(tape, lambda clips: float(clips * size))
@@ -122,3 +125,11 @@ def decayed_parameters(config: PretrainConfig) -> tuple[bool, ...]:
         objective = Objective(config, torch.zeros(1, dtype=torch.int64), config.model.image_size)
     names = decay_names(objective)
     return tuple(name in names for name, p in objective.named_parameters() if p.requires_grad)
+
+
+def plan(config: PretrainConfig, *, nodes: int, gpu: str, mfu: float = MFU, tokens: float | None = None) -> RunPlan:
+    """Plan a run; see `swiftv2.plan.run.plan_run`."""
+    window = find_window(config)
+    flops = forward_flops(config.model)
+    work = Work(lambda changed: passes(changed, window), decayed_parameters(config), flops, window.source)
+    return plan_run(config, work, nodes=nodes, gpu=gpu, mfu=mfu, tokens=tokens)
