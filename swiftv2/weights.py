@@ -28,9 +28,10 @@ from swiftv2.config.load import build
 from swiftv2.config.model import LossConfig, MaskConfig, ModelConfig, Size3
 from swiftv2.errors import SwiftError, UsageError
 from swiftv2.files import sha256, sync
-from swiftv2.models.simmim import SimMIM
+from swiftv2.models.simmim import MaskedModel, SimMIM
 from swiftv2.models.swift_v1 import DEFAULTS, REQUIRED
 from swiftv2.models.swin4d import Swin4D
+from swiftv2.models.visible import make_masked
 
 TENSORS = "weights.safetensors"
 CARD = "weights.json"
@@ -87,14 +88,14 @@ class Card(Config):
 
     format: Literal[1] = 1
     """Version of this layout."""
-    kind: Literal["encoder", "simmim"]
-    """encoder: a Swin4D alone; simmim: encoder, mask token and decoder."""
+    kind: Literal["encoder", "simmim", "visible_only"]
+    """encoder: a Swin4D alone; else the objective it was trained for, with the mask token and the decoder."""
     model: ModelConfig
     """Architecture."""
     mask: MaskConfig | None = None
-    """What was hidden in training (simmim only)."""
+    """What was hidden in training (null for an encoder alone)."""
     loss: LossConfig | None = None
-    """What was minimised (simmim only)."""
+    """What was minimised (null for an encoder alone)."""
     input: InputContract
     """What goes in."""
     mup: dict[str, Any] | None = None
@@ -110,8 +111,8 @@ class Card(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.kind == "simmim" and (self.mask is None or self.loss is None):
-            raise ValueError("kind=simmim needs mask and loss")
+        if self.kind != "encoder" and (self.mask is None or self.loss is None):
+            raise ValueError(f"kind={self.kind} needs mask and loss")
         return self
 
 
@@ -135,7 +136,7 @@ def export(folder: Path, weights: nn.Module | Mapping[str, Tensor], card: Card |
 
     Args:
         folder: must not exist.
-        weights: a `Swin4D` or `SimMIM`, or its state dict.
+        weights: a `Swin4D`, `SimMIM` or `VisibleOnly`, or its state dict.
         card: what `Card` holds; `sha256` and `bytes` are filled in.
 
     Returns:
@@ -215,7 +216,7 @@ def load_encoder(folder: Path) -> Swin4D:
     """The encoder of exported weights, of either kind, in the number format of the file."""
     tensors, card = load(folder)
     _refuse_mup(folder, card)
-    if card.kind == "simmim":
+    if card.kind != "encoder":
         tensors = {name.removeprefix(ENCODER): t for name, t in tensors.items() if name.startswith(ENCODER)}
     with torch.device("meta"):
         model = Swin4D(card.model)
@@ -223,15 +224,27 @@ def load_encoder(folder: Path) -> Swin4D:
     return model
 
 
-def load_simmim(folder: Path) -> SimMIM:
-    """Encoder, mask token and decoder of exported weights, in the number format of the file."""
+def load_masked(folder: Path) -> MaskedModel:
+    """Encoder, mask token and decoder of exported weights, in the number format of the file; the card's kind says which."""
     tensors, card = load(folder)
     _refuse_mup(folder, card)
-    if card.kind == "encoder" or card.mask is None or card.loss is None:
-        raise SwiftError(f"{folder}: holds an encoder alone; SimMIM needs weights exported with their decoder")
+    if card.kind == "encoder":
+        raise SwiftError(f"{folder}: holds an encoder alone; reconstruction needs weights exported with their decoder")
     with torch.device("meta"):
-        model = SimMIM(card.model, card.mask, card.loss)
+        model = _masked(card)
     model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def load_simmim(folder: Path) -> SimMIM:
+    """SimMIM of exported weights, in the number format of the file.
+
+    Raises:
+        SwiftError: they hold an encoder alone or were trained for another objective; or see `load`.
+    """
+    model = load_masked(folder)
+    if not isinstance(model, SimMIM):
+        raise SwiftError(f"{folder}: trained for the objective {read_card(folder).kind}, not simmim; use load_masked")
     return model
 
 
@@ -312,11 +325,15 @@ def _card(tree: Mapping[str, Any], where: str) -> Card:
         raise SwiftError(str(error)) from error
 
 
+def _masked(card: Card) -> MaskedModel:
+    if card.kind == "encoder" or card.mask is None or card.loss is None:
+        raise AssertionError("an encoder alone has no objective")
+    return make_masked(card.kind, card.model, card.mask, card.loss)
+
+
 def _expected(card: Card) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        model: nn.Module = Swin4D(card.model)
-        if card.kind == "simmim" and card.mask is not None and card.loss is not None:
-            model = SimMIM(card.model, card.mask, card.loss)
+        model: nn.Module = Swin4D(card.model) if card.kind == "encoder" else _masked(card)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

@@ -1,4 +1,4 @@
-"""Configuration of the model, its decoder and the SimMIM objective."""
+"""Configuration of the model, its decoders and what is learned by masking."""
 
 from typing import Literal, Self
 
@@ -10,13 +10,34 @@ Size3 = tuple[PositiveInt, PositiveInt, PositiveInt]
 Size4 = tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
 
 
+class VisibleDecoderConfig(Config):
+    """The decoder of objective=visible_only, which puts mask tokens back on the first stage's grid."""
+
+    width: PositiveInt = 64
+    """Channels."""
+    depth: PositiveInt = 1
+    """Blocks; their windows are those of the first stage in space and span the clip in time."""
+    num_heads: PositiveInt = 4
+    """Attention heads; divides width."""
+    skip: bool = True
+    """Whether the visible patches' embeddings are handed to the decoder beside the last stage's features."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.width % self.num_heads:
+            raise ValueError(f"width={self.width} is not divisible by num_heads={self.num_heads}")
+        return self
+
+
 class DecoderConfig(Config):
-    """What turns the encoder's last stage back into voxels."""
+    """What turns the encoder's last stage back into voxels: kind and hidden_ratio for objective=simmim."""
 
     kind: Literal["linear", "mlp", "factorized"] = "linear"
     """linear: SimMIM's one layer with pixel shuffle; mlp: a hidden layer before it; factorized: time first, then space."""
     hidden_ratio: PositiveFloat = 1.0
     """Width of the hidden layer of mlp and factorized decoders, as a multiple of the last stage's width."""
+    visible: VisibleDecoderConfig = VisibleDecoderConfig()
+    """The decoder of objective=visible_only."""
 
 
 class ModelConfig(Config):
@@ -72,7 +93,7 @@ class ModelConfig(Config):
     checkpoint_keep: Literal["nothing", "attention", "products"] = "nothing"
     """What such blocks keep beside their input: nothing, the results of attention, or of all matrix products too."""
     decoder: DecoderConfig = DecoderConfig()
-    """The SimMIM decoder."""
+    """From features to voxels."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -86,6 +107,9 @@ class ModelConfig(Config):
                 raise ValueError(
                     f"stage {stage}: rotary embeddings need an even head dimension of at least 6, got {width // heads}"
                 )
+        placing = self.decoder.visible.width // self.decoder.visible.num_heads
+        if self.variant == "decoupled" and (placing % 2 or placing < 6):
+            raise ValueError(f"decoder.visible: rotary embeddings need an even head dimension of at least 6, got {placing}")
         for stage in self.checkpoint_stages:
             if not 0 <= stage < len(self.depths):
                 raise ValueError(f"checkpoint_stages: there is no stage {stage}; stages are 0 to {len(self.depths) - 1}")
@@ -111,8 +135,11 @@ class ModelConfig(Config):
         return self
 
 
+ObjectiveName = Literal["simmim", "visible_only"]
+
+
 class MaskConfig(Config):
-    """Which cells of a clip SimMIM hides."""
+    """Which cells of a clip are hidden."""
 
     kind: Literal["random", "tube", "temporal"] = "random"
     """random: each cell by itself; tube: the same cells at every time; temporal: all cells of some frames."""

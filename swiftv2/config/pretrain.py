@@ -7,11 +7,11 @@ from pydantic import model_validator
 from swiftv2.config.base import Config
 from swiftv2.config.data import ClipConfig, DataConfig
 from swiftv2.config.engine import EngineConfig, EvaluateConfig, RunConfig, ScheduleConfig, TrainConfig
-from swiftv2.config.model import LossConfig, MaskConfig, ModelConfig, OptimizerConfig
+from swiftv2.config.model import LossConfig, MaskConfig, ModelConfig, ObjectiveName, OptimizerConfig
 
 
 class PretrainConfig(Config):
-    """Everything that a SimMIM pretraining run is made from."""
+    """Everything that a pretraining run is made from."""
 
     run: RunConfig
     """The run directory and the seed."""
@@ -21,6 +21,9 @@ class PretrainConfig(Config):
     """How clips are cut from runs."""
     model: ModelConfig
     """The encoder and the decoder; in a file, the name of a preset of configs/model or a mapping with `preset:`."""
+    objective: ObjectiveName = "simmim"
+    """simmim: hidden patches become a mask token and all tokens are encoded; visible_only: visible tokens alone are
+    encoded, and a light decoder puts mask tokens in place: another objective, with weights of its own kind."""
     mask: MaskConfig = MaskConfig()
     """What is hidden."""
     loss: LossConfig = LossConfig()
@@ -44,6 +47,8 @@ class PretrainConfig(Config):
         padded = tuple(-(-n // p) * p for n, p in zip((*self.model.image_size, self.clip.frames), patch, strict=True))
         if any(n % c for n, c in zip(padded, cell, strict=True)):
             raise ValueError(f"mask.patch_size={cell} must divide the padded clip {padded} on every axis")
+        if self.objective == "visible_only" and self.model.variant == "swift_v1":
+            raise ValueError("objective=visible_only leaves tokens out, and variant=swift_v1 attends to all: take another one")
         if self.data.normalisation.kind == "per_voxel" and self.data.normalisation.scope == "clip":
             raise ValueError(
                 "data.normalisation: per_voxel with scope=clip tells the model the mean of each voxel's hidden frames; "

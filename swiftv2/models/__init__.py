@@ -1,7 +1,8 @@
-"""Swin4D encoders, decoders and SimMIM; nothing here knows of files."""
+"""Swin4D encoders, decoders, SimMIM and visible-only encoding; nothing here knows of files."""
 
 from swiftv2.models.initialise import decay_names
-from swiftv2.models.simmim import SimMIM, SimMIMOutput
+from swiftv2.models.simmim import MaskedModel, SimMIM, SimMIMOutput
 from swiftv2.models.swin4d import Swin4D
+from swiftv2.models.visible import VisibleOnly
 
-__all__ = ["SimMIM", "SimMIMOutput", "Swin4D", "decay_names"]
+__all__ = ["MaskedModel", "SimMIM", "SimMIMOutput", "Swin4D", "VisibleOnly", "decay_names"]

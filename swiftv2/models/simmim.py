@@ -3,6 +3,7 @@
 Xie et al., "SimMIM: a Simple Framework for Masked Image Modeling", CVPR 2022 (arXiv 2111.09886).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,20 +28,19 @@ class SimMIMOutput(NamedTuple):
     """(B,) float32: per clip the mean over its masked positions that count, 0 where there are none."""
 
 
-class SimMIM(nn.Module):
-    """An encoder, a mask token and a decoder, trained to fill in what was hidden.
+class MaskedModel(nn.Module, ABC):
+    """An encoder whose clips are hidden in part, and are judged where they were: what all objectives share.
 
     Args:
         model: architecture of encoder and decoder.
         mask: only its cell size matters here; which cells are hidden comes with the batch.
         loss: distance and the positions that count.
-        seed: where the first values of the parameters come from.
 
     Raises:
         SwiftError: mask cells are no multiple of the model's patch, or the loss counts what packing leaves out.
     """
 
-    def __init__(self, model: ModelConfig, mask: MaskConfig, loss: LossConfig, seed: int = 0) -> None:
+    def __init__(self, model: ModelConfig, mask: MaskConfig, loss: LossConfig) -> None:
         super().__init__()
         if any(c % p for c, p in zip(mask.patch_size, model.patch_size, strict=True)):
             raise SwiftError(
@@ -53,9 +53,6 @@ class SimMIM(nn.Module):
             )
         self.config, self.mask_config, self.loss_config = model, mask, loss
         self.encoder = Swin4D(model, seed=None)
-        self.mask_token = nn.Parameter(torch.zeros(model.embed_dim))
-        self.decoder = make_decoder(model, self.encoder.width)
-        initialise(self, seed)
 
     def forward(self, volume: Tensor, mask: Tensor, brain: Tensor, drop_path: Tensor | None = None) -> SimMIMOutput:
         """Reconstruct clips from what is not hidden.
@@ -71,11 +68,15 @@ class SimMIM(nn.Module):
         """
         self._check(volume, mask, brain)
         cells_per_token = as_grid([c // p for c, p in zip(self.mask_config.patch_size, self.config.patch_size, strict=True)])
-        features = self.encoder(volume, drop_path, enlarge(mask, cells_per_token), self.mask_token, brain)
+        padded = self.reconstruct(volume, enlarge(mask, cells_per_token), brain, drop_path)
         _, _, h, w, d, t = volume.shape
-        reconstruction = self.decoder(features)[:, :, :h, :w, :d, :t].float()
+        reconstruction = padded[:, :, :h, :w, :d, :t].float()
         counts = self.counted(mask, brain, t)
         return SimMIMOutput(reconstruction, clip_loss(reconstruction, volume, counts, self.loss_config))
+
+    @abstractmethod
+    def reconstruct(self, volume: Tensor, hidden: Tensor, brain: Tensor, drop_path: Tensor | None) -> Tensor:
+        """(B, C, H, W, D, T) of the padded clip; `hidden` is (B, h, w, d, t) bool in tokens, the others as of `forward`."""
 
     def counted(self, mask: Tensor, brain: Tensor, frames: int) -> Tensor:
         """(B, H, W, D, T) bool: the masked positions that the loss counts, from cells (B, h, w, d, t) and (B, H, W, D)."""
@@ -101,6 +102,32 @@ class SimMIM(nn.Module):
         expected = (volume.shape[0], *volume.shape[2:5])
         if tuple(brain.shape) != expected:
             raise SwiftError(f"brain of shape {tuple(brain.shape)} does not fit: these clips have {expected} voxels")
+
+
+class SimMIM(MaskedModel):
+    """An encoder, a mask token and a decoder: hidden patches are replaced by the token, and all tokens are encoded.
+
+    Args:
+        model: architecture of encoder and decoder.
+        mask: only its cell size matters here; which cells are hidden comes with the batch.
+        loss: distance and the positions that count.
+        seed: where the first values of the parameters come from.
+
+    Raises:
+        SwiftError: see `MaskedModel`.
+    """
+
+    def __init__(self, model: ModelConfig, mask: MaskConfig, loss: LossConfig, seed: int = 0) -> None:
+        super().__init__(model, mask, loss)
+        self.mask_token = nn.Parameter(torch.zeros(model.embed_dim))
+        self.decoder = make_decoder(model, self.encoder.width)
+        initialise(self, seed)
+
+    def reconstruct(self, volume: Tensor, hidden: Tensor, brain: Tensor, drop_path: Tensor | None) -> Tensor:
+        """(B, C, H, W, D, T) of the padded clip, from tokens of which the hidden ones are the mask token."""
+        features = self.encoder(volume, drop_path, hidden, self.mask_token, brain)
+        out: Tensor = self.decoder(features)
+        return out
 
 
 def enlarge(cells: Tensor, factors: Grid) -> Tensor:

@@ -210,7 +210,7 @@ class Swin4D(nn.Module):
             SwiftError: the clip does not fit the model, or the draws for drop path are missing.
         """
         self._check(volume)
-        route = self._route(volume, brain)
+        route = self.route(volume, brain)
         x = self._embed(volume, route)
         if hidden is not None and token is not None:
             cells = hidden.permute(1, 2, 3, 4, 0).reshape(-1, len(volume))
@@ -301,8 +301,9 @@ class Swin4D(nn.Module):
             places = torch.ones(1, *grid[:3], dtype=torch.bool)
         return places[..., None].expand(len(volume), *grid)
 
-    def _route(self, volume: Tensor, brain: Tensor | None) -> Route:
-        config, dtype = self.config, self.patch_embed.fc.weight.dtype
+    def route(self, volume: Tensor, brain: Tensor | None = None, config: ModelConfig | None = None) -> Route:
+        """The way of these tokens through this model, or through one of that configuration on the same first grid."""
+        config, dtype = config or self.config, self.patch_embed.fc.weight.dtype
         if config.packing == "subject":
             return sample_route(config, self.tokens(volume, brain).numpy(), volume.device, dtype)
         template = self._settled_template() if config.packing == "template" else None

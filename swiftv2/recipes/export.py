@@ -85,7 +85,7 @@ def export_checkpoint(run_dir: Path, folder: Path, step: int | None = None) -> P
     state = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(found.path / WEIGHTS).items()}
     made_with = {name: environment[name] for name in ("swiftv2", "python", "packages", "git", "world_size")}
     card: dict[str, Any] = {
-        "kind": "simmim",
+        "kind": config.objective,
         "model": config.model.model_dump(mode="json"),
         "mask": config.mask.model_dump(mode="json"),
         "loss": config.loss.model_dump(mode="json"),

@@ -1,4 +1,4 @@
-"""SimMIM on batches of packed voxels: what one micro-batch costs, as the engine's module."""
+"""Masked modelling on batches of packed voxels: what one micro-batch costs, as the engine's module."""
 
 import math
 
@@ -11,7 +11,7 @@ from swiftv2.data import keyed
 from swiftv2.data.samples.batch import Batch
 from swiftv2.data.samples.masks import Shape3, expand_mask
 from swiftv2.data.samples.normalise import gather, normalise, scatter
-from swiftv2.models.simmim import SimMIM
+from swiftv2.models.visible import make_masked
 
 
 class Objective(nn.Module):
@@ -27,7 +27,7 @@ class Objective(nn.Module):
         super().__init__()
         self.config = config
         self.grid_shape = grid_shape
-        self.simmim = SimMIM(config.model, config.mask, config.loss, seed=config.run.seed)
+        self.simmim = make_masked(config.objective, config.model, config.mask, config.loss, config.run.seed)
         if config.model.packing == "template":
             # What the store keeps is the template mask of its grid: one for all subjects.
             template = torch.zeros(math.prod(grid_shape), dtype=torch.bool)
@@ -44,7 +44,7 @@ class Objective(nn.Module):
         return self.clip_losses(batch)[0].mean()
 
     def clip_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """What SimMIM makes of a batch.
+        """What the model makes of a batch.
 
         Returns:
             Loss of each clip (B,) float32; the normalised signal and its reconstruction, both (B, T, V) float32.

@@ -146,8 +146,10 @@ def _load_start(config: PretrainConfig, data: Data) -> dict[str, Tensor]:
     """
     source = Path(str(config.run.init_from))
     tensors, card = weights.load(source)
-    if card.kind != "simmim":
-        raise SwiftError(f"run.init_from={source}: an encoder alone; pretraining starts from exported SimMIM weights")
+    if card.kind != config.objective:
+        raise SwiftError(
+            f"run.init_from={source}: weights of kind {card.kind}, where objective={config.objective} wants its own"
+        )
     mine, theirs = config.model.model_dump(), card.model.model_dump()
     for name in sorted(mine.keys() - FREE_TO_DIFFER):
         if mine[name] != theirs[name]:
