@@ -36,6 +36,9 @@ class EngineConfig(Config):
     """Number format in which gradients of micro-batches are summed."""
     communication_dtype: FloatName = "fp32"
     """Number format in which gradients travel between ranks."""
+    compile: bool = False
+    """Whether torch.compile compiles the model's blocks. It pays on GPUs with many small kernels, not on CPUs; the first
+    step then takes minutes."""
     check_grad_overflow: bool = True
     """Whether a non-finite gradient skips the step instead of entering Adam's state."""
 
@@ -48,6 +51,11 @@ class EngineConfig(Config):
             raise ValueError(
                 "DeepSpeed's zero_stage=0 with precision=bf16 cannot sum gradients in fp32: take zero_stage=1 or 2, "
                 "backend=plain, precision=fp32, or gradient_accumulation_dtype=bf16"
+            )
+        if self.compile and self.backend == "deepspeed" and self.zero_stage > 0 and self.overlap_comm:
+            raise ValueError(
+                "compile=true with overlap_comm=true gives NaN from the first step under ZeRO (DeepSpeed #8061): "
+                "turn one of them off"
             )
         return self
 

@@ -108,6 +108,25 @@ class DecoupledBlock(nn.Module):
         return out
 
 
+def compile_blocks(module: nn.Module, *, varying: bool = False) -> None:
+    """Let torch.compile compile every block of a model, in place; the first passes then take minutes.
+
+    Args:
+        module: holds blocks.
+        varying: whether the numbers of tokens change from batch to batch, so that kernels take them as they come.
+
+    Raises:
+        RuntimeError: in the first pass, where a block cannot be compiled whole.
+    """
+    # One code for all blocks meets two shifts of four stages and both modes: more than the default allows, and beyond its
+    # limit PyTorch would go on uncompiled.
+    torch._dynamo.config.recompile_limit = 256  # noqa: SLF001 (the documented way)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # noqa: SLF001
+    for child in module.modules():
+        if isinstance(child, Block | DecoupledBlock):
+            child.compile(fullgraph=True, dynamic=varying)
+
+
 def _arrive(x: Tensor, step: Step) -> Tensor:
     return x if step.move is None else step.move(x)
 

@@ -22,6 +22,7 @@ from swiftv2.engine.rundir import RunDirectory
 from swiftv2.engine.stream import Exclusion
 from swiftv2.errors import SwiftError
 from swiftv2.models import decay_names
+from swiftv2.models.blocks import compile_blocks
 from swiftv2.recipes.data import Data, open_data
 from swiftv2.recipes.evaluate import HeldOut
 from swiftv2.recipes.export import input_contract, write_contract
@@ -31,7 +32,7 @@ from swiftv2.recipes.stream import DeviceStream
 from swiftv2.report.figures import draw_run
 
 BEST_METRIC = "heldout/loss"
-FREE_TO_DIFFER = {"name", "drop_path", "checkpoint_stages"}
+FREE_TO_DIFFER = {"name", "drop_path", "attention_buckets", "checkpoint_stages", "checkpoint_keep"}
 """Keys of `model` that leave the function of given weights alone."""
 
 
@@ -61,6 +62,8 @@ def pretrain(config: PretrainConfig) -> FitResult:
                 run.event("initialised", 0, source=str(config.run.init_from))
             run.event("data", **data.facts())
             on_first(lambda: write_contract(run.path, config, data), world)
+            if config.engine.compile:
+                compile_blocks(objective, varying=config.model.packing == "subject")
             backend = build_backend(
                 config.engine,
                 config.optimizer,

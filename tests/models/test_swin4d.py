@@ -113,14 +113,38 @@ def test_training_with_drop_path_needs_draws() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_checkpointing_changes_no_gradient(variant: str) -> None:
     gradients = []
-    for stages in ((), (0, 1)):
-        model = lively(Swin4D(small(variant, drop_path=0.3, checkpoint_stages=stages)))
+    for stages, keep in (((), "nothing"), ((0, 1), "nothing"), ((0, 1), "attention"), ((1,), "products")):
+        model = lively(Swin4D(small(variant, drop_path=0.3, checkpoint_stages=stages, checkpoint_keep=keep)))
         draws = torch.rand(2, model.branches, generator=torch.Generator().manual_seed(3))
         model(clip(), draws).square().sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert gradient is not None, name
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=0)
+        for others in gradients[1:]:
+            torch.testing.assert_close(others[name], gradient, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_checkpointing_keeps_what_it_says(variant: str) -> None:
+    """Bytes kept for the backward pass fall from all, over products and attention, to the blocks' inputs."""
+
+    def kept(**changes: Any) -> int:
+        held: dict[int, torch.Tensor] = {}
+
+        def hold(tensor: torch.Tensor) -> torch.Tensor:
+            held[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        model = Swin4D(small(variant, embed_dim=24, frames=24, **changes))
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            output = model(clip(1, 24))
+        assert output.requires_grad
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        return sum(t.untyped_storage().nbytes() for place, t in held.items() if place not in parameters)
+
+    everything, stages = kept(), {"checkpoint_stages": (0, 1)}
+    assert kept(**stages) < 0.35 * everything
+    assert kept(checkpoint_stages=(0,)) < everything
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
