@@ -15,7 +15,8 @@ from swiftv2.config.model import ModelConfig
 from swiftv2.errors import SwiftError
 from swiftv2.models.decoders import expansion, hidden_width
 from swiftv2.models.geometry import Grid, block_specs, stage_grids
-from swiftv2.models.routes import Route, StageRoute, shared_route
+from swiftv2.models.routes import Route, StageRoute, sample_route, shared_route
+from swiftv2.models.visible import decoder_model
 
 
 def forward_flops(config: ModelConfig) -> dict[str, int]:
@@ -66,6 +67,38 @@ def computed_flops(config: ModelConfig, template: NDArray[np.bool_] | None = Non
     counts = {"patch_embed": _linear(embedded, math.prod(config.patch_size) * config.in_channels, config.embed_dim)}
     counts |= _route_flops(config, route)
     encoder, decoder = sum(counts.values()), _decoder(config, grids[-1])
+    return counts | {"encoder": encoder, "decoder": decoder, "total": encoder + decoder}
+
+
+def visible_flops(config: ModelConfig, visible: NDArray[np.bool_], there: NDArray[np.bool_]) -> dict[str, int]:
+    """FLOPs that visible-only encoding spends on one clip of the configured length, the mean over those given.
+
+    Args:
+        config: the model.
+        visible: (B, h, w, d, t) bool, tokens that are encoded.
+        there: (B, h, w, d, t) bool, all tokens that packing leaves in, hidden or not (all, where it leaves none out).
+
+    Returns:
+        The keys of `forward_flops`.
+    """
+    cpu, clips = torch.device("cpu"), len(visible)
+    shape, patch = (*config.image_size, config.frames), math.prod(config.patch_size) * config.in_channels
+    route = sample_route(config, visible, cpu, torch.float32)
+    counts = {"patch_embed": _linear(int(visible.sum()), patch, config.embed_dim)} | _route_flops(config, route)
+    counts = {name: round(count / clips) for name, count in counts.items()}
+    own, placing = decoder_model(config), config.decoder.visible
+    if config.packing == "subject":
+        back = sample_route(own, there, cpu, torch.float32)
+    else:
+        template = np.ascontiguousarray(there[0, ..., 0]).tobytes() if config.packing == "template" else None
+        back = shared_route(own, shape, template, 1, cpu, torch.float32)
+    share = clips if config.packing == "subject" else 1
+    width, merged = config.embed_dim * 2 ** (len(config.depths) - 1), 2 ** (len(config.depths) - 1)
+    decoder = _linear(math.prod(stage_grids(config)[-1]), width, merged**3 * placing.width)
+    decoder += (_stage(own, 0, back.stages[0]) + _linear(back.slots[0][-1], placing.width, patch)) // share
+    if placing.skip:
+        decoder += round(_linear(int(visible.sum()), config.embed_dim, placing.width) / clips)
+    encoder = sum(counts.values())
     return counts | {"encoder": encoder, "decoder": decoder, "total": encoder + decoder}
 
 

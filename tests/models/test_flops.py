@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from swiftv2.config.load import load_model
 from swiftv2.config.model import LossConfig, MaskConfig, ModelConfig
 from swiftv2.errors import SwiftError
-from swiftv2.models import SimMIM
-from swiftv2.models.flops import computed_flops, forward_flops
+from swiftv2.models import SimMIM, VisibleOnly
+from swiftv2.models.flops import computed_flops, forward_flops, visible_flops
 
 TREE: dict[str, Any] = {
     "name": "odd",
@@ -55,6 +55,24 @@ def test_computed_flops_are_those_of_a_real_pass(variant: str, packing: str) -> 
     assert counts["total"] == seen(model, volume, hidden, brain[None])
     assert counts.keys() == forward_flops(config).keys()
     assert counts["total"] == counts["encoder"] + counts["decoder"]
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("packing", ["none", "template", "subject"])
+@pytest.mark.parametrize("variant", ["unified", "decoupled"])
+def test_visible_flops_are_those_of_a_real_pass(variant: str, packing: str, skip: bool) -> None:
+    tree = TREE | {"variant": variant, "packing": packing, "decoder": {"visible": {"width": 24, "depth": 2, "skip": skip}}}
+    config = ModelConfig.model_validate(tree)
+    model = VisibleOnly(config, MaskConfig(patch_size=config.patch_size), LossConfig())
+    generator = torch.Generator().manual_seed(1)
+    brain = torch.rand(2, *config.image_size, generator=generator) < 0.1
+    if packing == "template":
+        model.encoder.use_template(brain[0])
+    volume, hidden = torch.randn(2, 1, *config.image_size, 7), torch.rand(2, 5, 4, 6, 4, generator=generator) < 0.6
+    there = model.encoder.tokens(volume, brain)
+    counts = visible_flops(config, (there & ~hidden).numpy(), there.numpy())
+    assert 2 * counts["total"] == pytest.approx(seen(model, volume, hidden, brain), rel=1e-6)
+    assert counts.keys() == forward_flops(config).keys()
 
 
 @pytest.mark.parametrize("name", ["5M", "51M"])
