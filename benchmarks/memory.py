@@ -33,7 +33,7 @@ from swiftv2.errors import SwiftError
 from swiftv2.models import decay_names
 from swiftv2.plan.accounts import KINDS
 from swiftv2.plan.memory import RankMemory, rank_memory
-from swiftv2.recipes.planning import decayed_parameters, find_window, make_batch, make_objective, passes
+from swiftv2.recipes.planning import find_window, layout, make_batch, make_objective, passes
 
 RATE = 1e-6
 TARGET = 0.10
@@ -99,10 +99,9 @@ def _planned(case: Case, device: str) -> RankMemory:
     config = case.config()
     micro_batch, accumulation = split_batch(config.train.global_batch, case.ranks, config.train.micro_batch)
     held = passes(config, find_window(config))
-    decayed = decayed_parameters(config)
     # Here no other batch is on its way to the GPU beside the one that is computed.
     cuda = device == "cuda"
-    plan = rank_memory(held, decayed, config.engine, case.ranks, micro_batch, accumulation, cuda=cuda)
+    plan = rank_memory(held, layout(config), config.engine, case.ranks, micro_batch, accumulation, cuda=cuda)
     return dataclasses.replace(plan, other=plan.other - int(held.input_bytes(micro_batch)) * cuda)
 
 

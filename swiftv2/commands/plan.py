@@ -114,6 +114,7 @@ def _run_parts(plan: "RunPlan") -> list["str | Table"]:
         f"Voxels of a clip: {plan.window}.\n",
         _verdict(plan) + "\n",
         _memory(plan),
+        f"\n{_most(plan)}",
         "\nOne clip, forward:\n",
         _parts(plan.model, plan.computed_flops_per_clip),
         "\nOne optimizer step:\n",
@@ -136,13 +137,19 @@ def _verdict(plan: "RunPlan") -> str:
 
 def _memory(plan: "RunPlan") -> "Table":
     """GB of a rank at its peak: as configured, and by ZeRO stage."""
-    kinds = list(plan.memory.to_dict())
-    rows = [["as configured", *(f"{size / GB:,.2f}" for size in plan.memory.to_dict().values()), _yes(plan.fits), ""]]
+    kinds = list(plan.memory.parts)
+    rows = [["as configured", *(f"{size / GB:,.2f}" for size in plan.memory.parts.values()), _yes(plan.fits), ""]]
     for name, stage in plan.stages.items():
         title = f"ZeRO {name}" if stage.backend == "deepspeed" else "nothing partitioned (plain)"
-        sizes = [f"{size / GB:,.2f}" for size in stage.memory.to_dict().values()]
+        sizes = [f"{size / GB:,.2f}" for size in stage.memory.parts.values()]
         rows.append([title, *sizes, _yes(stage.fits), str(stage.largest_micro_batch)])
     return table(["GB a rank", *kinds, "fits", "largest micro-batch"], rows)
+
+
+def _most(plan: "RunPlan") -> str:
+    """The most of each kind, which need not be there at the peak."""
+    told = ", ".join(f"{kind} {size / GB:,.2f}" for kind, size in plan.memory.most.items())
+    return f"The table holds the moment of the peak. The most of each kind at any time, as configured, in GB: {told}."
 
 
 def _yes(value: bool) -> str:

@@ -24,18 +24,20 @@ NORM_BYTES = 8
 
 
 class Ledger:
-    """Bytes held now, by kind, and what they were when most was held."""
+    """Bytes held now, by kind; what they were when most was held, and the most of each kind at any time."""
 
     def __init__(self) -> None:
         self.now = dict.fromkeys(KINDS, 0.0)
         self.total = 0.0
         self.most = 0.0
         self.at_most = dict(self.now)
+        self.most_of = dict(self.now)
 
     def add(self, kind: str, size: float) -> None:
         """Hold `size` more bytes, or fewer where it is negative."""
         self.now[kind] += size
         self.total += size
+        self.most_of[kind] = max(self.most_of[kind], self.now[kind])
         if self.total > self.most:
             self.most, self.at_most = self.total, dict(self.now)
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from swiftv2.config.engine import EngineConfig
 from swiftv2.plan.accounts import KINDS, Account, Layout, Ledger, account
@@ -44,6 +45,8 @@ class RankMemory:
     """The micro-batch from the store, tables of the model, temporaries of the step."""
     reserve: int
     """Room for what cannot be planned: CUDA context, NCCL, fragmentation; 0 on a CPU."""
+    most: dict[str, int]
+    """The most of each kind at any time of the step, which need not be the moment of the peak."""
 
     @property
     def tensors(self) -> int:
@@ -55,14 +58,19 @@ class RankMemory:
         """Bytes of tensors and reserve."""
         return self.tensors + self.reserve
 
-    def to_dict(self) -> dict[str, int]:
-        """Bytes by kind, `reserve` and `total`."""
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by kind at the peak, `reserve` and `total`."""
         return {kind: int(getattr(self, kind)) for kind in (*KINDS, "reserve")} | {"total": self.total}
+
+    def to_dict(self) -> dict[str, Any]:
+        """`parts`, and the most of each kind under `most`."""
+        return {**self.parts, "most": self.most}
 
 
 def rank_memory(
     passes: Passes,
-    decayed: tuple[bool, ...],
+    layout: Layout,
     engine: EngineConfig,
     world: int,
     micro_batch: int,
@@ -74,7 +82,7 @@ def rank_memory(
 
     Args:
         passes: what the module's passes hold.
-        decayed: which of its trainable parameters weight decay touches.
+        layout: its trainable parameters.
         engine: backend, ZeRO stage, formats, buckets.
         world: ranks.
         micro_batch: clips of a rank at a time.
@@ -83,7 +91,7 @@ def rank_memory(
     """
     tape = passes.tape(micro_batch)
     ledger = Ledger()
-    books = account(ledger, Layout(tape.sizes, decayed), engine, world, cuda=cuda)
+    books = account(ledger, layout, engine, world, cuda=cuda)
     books.begin()
     ledger.add("weights", tape.frozen_bytes)
     ledger.add("other", tape.kept[0] + tape.kept[1] * micro_batch)
@@ -96,7 +104,8 @@ def rank_memory(
     books.update()
     held = {kind: math.ceil(size) for kind, size in ledger.at_most.items()}
     reserve = CONTEXT_BYTES + math.ceil(FRAGMENTATION * ledger.most) if cuda else 0
-    return RankMemory(**held, reserve=reserve)
+    most = {kind: math.ceil(size) for kind, size in ledger.most_of.items()}
+    return RankMemory(**held, reserve=reserve, most=most)
 
 
 def _play(tape: Tape, micro_batch: int, ledger: Ledger, books: Account) -> None:
@@ -118,13 +127,13 @@ def _play(tape: Tape, micro_batch: int, ledger: Ledger, books: Account) -> None:
 
 
 def largest_micro_batch(
-    passes: Passes, decayed: tuple[bool, ...], engine: EngineConfig, world: int, memory_bytes: float, *, accumulated: bool
+    passes: Passes, layout: Layout, engine: EngineConfig, world: int, memory_bytes: float, *, accumulated: bool
 ) -> int:
     """Most clips that a rank can compute at a time on a GPU; 0 where not even one fits.
 
     Args:
         passes: what the module's passes hold.
-        decayed: which of its trainable parameters weight decay touches.
+        layout: its trainable parameters.
         engine: backend, ZeRO stage, formats, buckets.
         world: ranks.
         memory_bytes: what the GPU has.
@@ -132,7 +141,7 @@ def largest_micro_batch(
     """
 
     def fits(clips: int) -> bool:
-        return rank_memory(passes, decayed, engine, world, clips, 2 if accumulated else 1).total <= memory_bytes
+        return rank_memory(passes, layout, engine, world, clips, 2 if accumulated else 1).total <= memory_bytes
 
     if not fits(1):
         return 0

@@ -9,12 +9,12 @@ from swiftv2.config.engine import EngineConfig, split_batch
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.errors import UsageError
 from swiftv2.models.geometry import stage_grids
-from swiftv2.plan.accounts import BYTES, WHOLE_REDUCTION
+from swiftv2.plan.accounts import BYTES, WHOLE_REDUCTION, Layout
 from swiftv2.plan.calibration import Forecast, forecast_interval
 from swiftv2.plan.machines import Gpu, Machine, gpu_names, machine_of
 from swiftv2.plan.machines import gpu as find_gpu
 from swiftv2.plan.memory import Passes, RankMemory, largest_micro_batch, rank_memory
-from swiftv2.plan.model import ModelPlan, plan_model
+from swiftv2.plan.model import ModelPlan
 from swiftv2.plan.network import Job, Traffic, splits, zero_traffic
 
 Stage = Literal[0, 1, 2]
@@ -100,8 +100,10 @@ class Work:
 
     passes: Callable[[PretrainConfig], Passes]
     """What the passes of a run hold."""
-    decayed: tuple[bool, ...]
-    """Which trainable parameters weight decay touches."""
+    layout: Layout
+    """Its trainable parameters."""
+    model: ModelPlan
+    """Parameters and published FLOPs."""
     computed_flops: Mapping[str, int]
     """Forward FLOPs of one clip that are really done, by part."""
     window: str
@@ -130,18 +132,15 @@ def plan_run(
     if tokens is not None and not 0 < tokens < math.inf:
         raise UsageError(f"--tokens {tokens:g}: give a positive number, such as 1e11")
     found, machine = find_gpu(gpu), machine_of(gpu)
-    if not 1 <= nodes <= machine.nodes:
-        raise UsageError(f"--nodes {nodes}: {machine.name} has 1 to {machine.nodes} nodes of {gpu}")
-    ranks = nodes * machine.gpus_per_node
-    micro_batch, accumulation = split_batch(config.train.global_batch, ranks, config.train.micro_batch)
-    model, passes = plan_model(config.model), work.passes(config)
-    parameters = len_parameters(passes)
+    ranks, micro_batch, accumulation = check_machine(config, nodes, gpu)
+    passes = work.passes(config)
+    parameters = work.layout.total
     traffic = _traffic(config.engine, parameters)
     stages = {
         str(stage): _stage(config, passes, work, found, (ranks, micro_batch, accumulation), parameters, stage)
         for stage in STAGES
     }
-    memory = rank_memory(passes, work.decayed, config.engine, ranks, micro_batch, accumulation)
+    memory = rank_memory(passes, work.layout, config.engine, ranks, micro_batch, accumulation)
     repeated = recomputed_flops(config, work.computed_flops)
     flops = (1 + BACKWARD) * work.computed_flops["total"]
     peak = found.peak_bf16_flops if config.engine.precision == "bf16" else found.peak_fp32_flops
@@ -151,7 +150,7 @@ def plan_run(
     fits = memory.total <= found.memory_bytes
     remedies = [] if fits else _remedies(config, work, found, stages, (ranks, micro_batch, accumulation))
     return RunPlan(
-        model=model,
+        model=work.model,
         gpu=gpu,
         machine=machine.name,
         nodes=nodes,
@@ -177,9 +176,17 @@ def plan_run(
     )
 
 
-def len_parameters(passes: Passes) -> int:
-    """Trainable parameters of the recorded module."""
-    return sum(passes.tape(1).sizes)
+def check_machine(config: PretrainConfig, nodes: int, gpu: str) -> tuple[int, int, int]:
+    """Ranks, micro-batch and accumulation of a run on so many nodes.
+
+    Raises:
+        UsageError: no such GPU, more nodes than there are, or a batch that cannot be split over the ranks.
+    """
+    machine = machine_of(gpu)
+    if not 1 <= nodes <= machine.nodes:
+        raise UsageError(f"--nodes {nodes}: {machine.name} has 1 to {machine.nodes} nodes of {gpu}")
+    ranks = nodes * machine.gpus_per_node
+    return ranks, *split_batch(config.train.global_batch, ranks, config.train.micro_batch)
 
 
 def at_stage(engine: EngineConfig, stage: Stage) -> EngineConfig:
@@ -203,8 +210,8 @@ def _stage(
 ) -> StagePlan:
     ranks, micro_batch, accumulation = batch
     engine = at_stage(config.engine, stage)
-    memory = rank_memory(passes, work.decayed, engine, ranks, micro_batch, accumulation)
-    most = largest_micro_batch(passes, work.decayed, engine, ranks, gpu.memory_bytes, accumulated=accumulation > 1)
+    memory = rank_memory(passes, work.layout, engine, ranks, micro_batch, accumulation)
+    most = largest_micro_batch(passes, work.layout, engine, ranks, gpu.memory_bytes, accumulated=accumulation > 1)
     traffic = _traffic(engine, parameters)
     gradients = traffic.gradient_bytes * (accumulation if traffic.every_micro_step else 1)
     sent = (2 * gradients + traffic.weight_bytes) * (ranks - 1) / ranks
@@ -244,7 +251,7 @@ def _remedies(
             continue
         change = {"checkpoint_stages": tuple(recomputed), "checkpoint_keep": "nothing"}
         other = config.model_copy(update={"model": config.model.model_copy(update=change)})
-        if rank_memory(work.passes(other), work.decayed, config.engine, *batch).total <= gpu.memory_bytes:
+        if rank_memory(work.passes(other), work.layout, config.engine, *batch).total <= gpu.memory_bytes:
             found.append(f"model.checkpoint_stages={recomputed}".replace(" ", ""))
             break
     need = stages[str(config.engine.zero_stage)].memory.total

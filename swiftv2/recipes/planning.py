@@ -1,11 +1,14 @@
 """The objective of a run and a micro-batch for it, for plans: what `swiftv2.plan` runs without allocating it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from swiftv2.config.model import ModelConfig
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.data import keyed
 from swiftv2.data.grid import CUBE_MM, mni152_grid, template_voxels
@@ -14,11 +17,14 @@ from swiftv2.data.samples.masks import Shape3, brain_cells, cell_counts, draw_ma
 from swiftv2.data.store.reader import Store
 from swiftv2.errors import SwiftError
 from swiftv2.models import decay_names
-from swiftv2.models.flops import forward_flops
+from swiftv2.plan.accounts import Layout
 from swiftv2.plan.memory import Passes
-from swiftv2.plan.run import MFU, RunPlan, Work, plan_run
-from swiftv2.plan.tape import Tape, record, stretch
+from swiftv2.plan.model import plan_model
+from swiftv2.plan.run import MFU, RunPlan, Work, check_machine, plan_run
+from swiftv2.plan.tape import FakeNumbers, Tape, forget_tables, record, stretch
 from swiftv2.recipes.objective import Objective
+
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 (the name of an operator)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +66,8 @@ def find_window(config: PretrainConfig) -> Window:
 
 
 def make_objective(config: PretrainConfig, window: Window) -> Objective:
-    """The objective as pretraining builds it, without its first weights' source."""
-    objective = Objective(config, window.voxels, window.shape)
-    if config.model.packing == "template":
-        objective.simmim.encoder.use_template(window.brain)
-    return objective
+    """The objective as pretraining builds it."""
+    return Objective(config, window.voxels, window.shape)
 
 
 def make_batch(config: PretrainConfig, window: Window, clips: int) -> Batch:
@@ -119,17 +122,54 @@ def passes(config: PretrainConfig, window: Window) -> Passes:
     return Passes(tape, lambda clips: float(clips * size))
 
 
-def decayed_parameters(config: PretrainConfig) -> tuple[bool, ...]:
-    """Which trainable parameters of the objective weight decay touches, in the module's order."""
+def layout(config: PretrainConfig) -> Layout:
+    """Trainable parameters of the objective, and which of them weight decay touches."""
+    window = torch.arange(1)
     with torch.device("meta"):
-        objective = Objective(config, torch.zeros(1, dtype=torch.int64), config.model.image_size)
+        objective = Objective(config.model_copy(update={"model": _unpacked(config.model)}), window, config.model.image_size)
     names = decay_names(objective)
-    return tuple(name in names for name, p in objective.named_parameters() if p.requires_grad)
+    trained = [(p.numel(), name in names) for name, p in objective.named_parameters() if p.requires_grad]
+    return Layout(tuple(size for size, _ in trained), tuple(decayed for _, decayed in trained))
+
+
+def _unpacked(model: ModelConfig) -> ModelConfig:
+    """The same parameters without a template, which needs numbers to be made from."""
+    return model.model_copy(update={"packing": "none"})
+
+
+def counted_flops(config: PretrainConfig, window: Window) -> dict[str, int]:
+    """Forward FLOPs of one clip as PyTorch's counter finds them in a pass of the real objective.
+
+    Returns:
+        The keys of `forward_flops`.
+    """
+
+    def attention(query: tuple[int, ...], key: tuple[int, ...], *_: Any, **__: Any) -> int:
+        samples, heads, length, width = query
+        return 4 * samples * heads * length * key[2] * width
+
+    with FakeNumbers() as numbers, torch.no_grad():
+        objective, batch = make_objective(config, window), make_batch(config, window, 1)
+        numbers.building = False
+        with FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: attention}) as counter:
+            objective(batch)
+    forget_tables()
+    modules = counter.get_flop_counts()
+    encoder = "Objective.simmim.encoder"
+    paths = {"patch_embed": f"{encoder}.patch_embed"}
+    paths |= {f"stage_{i + 1}": f"{encoder}.layers.{i}" for i in range(len(config.model.depths))}
+    counts = {part: sum(modules.get(path, {}).values()) for part, path in paths.items()}
+    decoder = sum(modules.get("Objective.simmim.decoder", {}).values())
+    return counts | {"encoder": sum(counts.values()), "decoder": decoder, "total": sum(counts.values()) + decoder}
 
 
 def plan(config: PretrainConfig, *, nodes: int, gpu: str, mfu: float = MFU, tokens: float | None = None) -> RunPlan:
     """Plan a run; see `swiftv2.plan.run.plan_run`."""
-    window = find_window(config)
-    flops = forward_flops(config.model)
-    work = Work(lambda changed: passes(changed, window), decayed_parameters(config), flops, window.source)
+    check_machine(config, nodes, gpu)
+    window, parameters = find_window(config), layout(config)
+    model = plan_model(config.model)
+    if config.objective == "visible_only":
+        # Its decoder is another one than the model's own.
+        model = replace(model, decoder_parameters=parameters.total - model.encoder_parameters)
+    work = Work(lambda changed: passes(changed, window), parameters, model, counted_flops(config, window), window.source)
     return plan_run(config, work, nodes=nodes, gpu=gpu, mfu=mfu, tokens=tokens)
