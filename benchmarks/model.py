@@ -27,7 +27,6 @@ from model_cases import (
     paired,
     peak,
     step,
-    template_brain,
     time_in_turn,
     weigh,
 )
@@ -108,7 +107,7 @@ def check_table(measured: Measured) -> list[str]:
 
 def shares_table(config: ModelConfig) -> list[str]:
     """Lines: what the template keeps at each stage."""
-    shares = kept_shares(template_brain(config.image_size), config)
+    shares = kept_shares(config)
     heads = ["", "voxels", *(f"stage {stage + 1}" for stage in range(len(config.depths)))]
     return table(heads, [["kept", *(f"{100 * share:.1f} %" for share in shares)]])
 
@@ -135,7 +134,7 @@ def body(options: argparse.Namespace) -> Iterator[str]:
     for name, config in configs.items():
         found[name], apart[name] = measure(config, options)
     yield from prose(
-        f"CPU, float32, {options.threads} threads; forward and backward of the encoder, one clip of the model's grid and length, "
+        f"CPU, float32, {options.threads} threads; forward and backward of the encoder, one clip of the model's size, "
         "loss = mean square of the output. All formulations take turns in one process with the same weights and clip, "
         f"{options.rounds} rounds after one that is not counted; medians, ratios paired within a round (lowest to highest). "
         "Published: the published formulation, written out in `benchmarks/published.py`, the same function as dense. Packed: "
@@ -170,6 +169,9 @@ def main() -> None:
         found = weigh(Case.from_json(options.peak), options.rounds)
         sys.stdout.write(json.dumps({"absolute": found.absolute, "growth": found.growth}))
         return
+    if options.steps:
+        sys.stdout.write(f"{model_gpu.steps_here(options.steps)}\n")
+        return
     write_page(page("The encoder against the published formulation", PACKAGES, body(options)), options.out)
 
 
@@ -182,6 +184,7 @@ def _options() -> argparse.Namespace:
     made.add_argument("--compile", action="store_true", help="also measure blocks compiled by torch.compile")
     made.add_argument("--out", type=Path, help="file to be written instead of the screen")
     made.add_argument("--peak", help=argparse.SUPPRESS)
+    made.add_argument("--steps", help=argparse.SUPPRESS)
     return made.parse_args()
 
 

@@ -20,6 +20,8 @@ from swiftv2.config.model import ModelConfig
 from swiftv2.data.grid import CUBE_MM, mni152_grid, template_voxels
 from swiftv2.errors import SwiftError
 from swiftv2.models import Swin4D
+from swiftv2.models.blocks import compile_blocks
+from swiftv2.models.geometry import patches_with_brain
 
 Formulation = Literal["published", "dense", "packed"]
 FORMULATIONS: tuple[Formulation, ...] = ("published", "dense", "packed")
@@ -55,15 +57,20 @@ def template_brain(size: Sequence[int]) -> Brain:
     return brain.reshape(grid.shape)
 
 
-def kept_shares(brain: Brain, config: ModelConfig) -> list[float]:
-    """Share of the voxels, and then of each stage's tokens, that hold any brain."""
-    shares = [float(brain.mean())]
-    held: npt.NDArray[Any] = brain.astype(np.bool_)
-    for factors in [config.patch_size[:3], *[(2, 2, 2)] * (len(config.depths) - 1)]:
-        held = np.pad(held, [(0, -n % f) for n, f in zip(held.shape, factors, strict=True)])
-        split = [size for n, f in zip(held.shape, factors, strict=True) for size in (n // f, f)]
-        held = np.asarray(held.reshape(split).any(axis=(1, 3, 5)))
-        shares.append(float(held.mean()))
+def template_tokens(config: ModelConfig) -> Brain:
+    """(h, w, d) bool: the first stage's tokens that hold any of the template brain."""
+    brain = torch.from_numpy(template_brain(config.image_size))
+    tokens: Brain = patches_with_brain(brain[None], config.patch_size)[0].numpy()
+    return tokens
+
+
+def kept_shares(config: ModelConfig) -> list[float]:
+    """Share of the voxels, and then of each stage's tokens, that hold any of the template brain."""
+    held = torch.from_numpy(template_brain(config.image_size))[None]
+    shares = [held.float().mean().item()]
+    for factors in [config.patch_size, *[(2, 2, 2)] * (len(config.depths) - 1)]:
+        held = patches_with_brain(held, factors)
+        shares.append(held.float().mean().item())
     return shares
 
 
@@ -92,7 +99,7 @@ class Case:
         if self.formulation == "packed":
             ours.use_template(torch.from_numpy(template_brain(self.config.image_size)))
         if self.compiled:
-            ours.compile_blocks()
+            compile_blocks(ours)
         return ours
 
     def clips(self) -> Tensor:

@@ -3,16 +3,18 @@
 Everything here also runs on the CPU at a small size, which is how it is tested where no GPU is.
 """
 
+import json
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from machine import prose, table
-from model_cases import FORMULATIONS, Case, Formulation, Times, changed, paired, template_brain
+from machine import child, environment, prose, table
+from model_cases import FORMULATIONS, Case, Formulation, Times, changed, paired, template_brain, template_tokens
 from model_profile import OperatorTimes, kinds_table, operators_table, self_times
 
 from swiftv2.config.data import DataConfig
@@ -24,7 +26,9 @@ from swiftv2.data.samples.batch import Batch
 from swiftv2.engine import launch
 from swiftv2.engine.backend import Backend, build_backend
 from swiftv2.engine.launch import World
+from swiftv2.errors import SwiftError
 from swiftv2.models import decay_names
+from swiftv2.models.blocks import compile_blocks
 from swiftv2.models.flops import computed_flops
 from swiftv2.recipes.objective import Objective
 
@@ -36,6 +40,8 @@ COMPARED_BATCH = {"5M": 16, "806M": 8}
 TARGETS = {("5M", "dense"): 6.0, ("5M", "packed"): 10.0, ("806M", "dense"): 2.0, ("806M", "packed"): 2.7}
 MFU_TARGET = {"806M": 0.45, "3.2B": 0.45}
 WARM_UP = 3
+SETTINGS = (("dense", "none", False), ("packed", "template", False), ("packed, compiled", "template", True))
+"""Name, packing, whether blocks are compiled."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ Measured = tuple[Steps, OperatorTimes]
 
 def section(rounds: int) -> Iterator[str]:
     """Lines of the page; says so where there is no GPU."""
-    yield from ["", "## H200"]
+    yield from ["", "## GPU"]
     if not torch.cuda.is_available():
         yield from prose("no GPU: not measured. Nothing on this page says anything of a GPU.")
         return
@@ -71,20 +77,26 @@ def section(rounds: int) -> Iterator[str]:
         yield from compared_section(name, load_model(name), batch, rounds, torch.device("cuda"))
 
 
-def optimizer_section(names: Sequence[str], batches: dict[str, int], rounds: int, device: str) -> Iterator[str]:
-    """Lines: optimizer steps of each model, dense and packed, and where the time of the last goes."""
+def optimizer_section(
+    names: Sequence[str],
+    batches: dict[str, int],
+    rounds: int,
+    device: str,
+    settings: Sequence[tuple[str, str, bool]] = SETTINGS,
+) -> Iterator[str]:
+    """Lines: optimizer steps of each model in each setting, and where the time of the last goes."""
     yield from ["", "### Optimizer steps: SimMIM, bf16, ZeRO-2, one GPU", ""]
     rows, times = [], dict[str, OperatorTimes]()
     for name in names:
-        for packing in ("none", "template"):
-            label = f"{name} {'packed' if packing == 'template' else 'dense'}"
+        for label, packing, compiled in settings:
             config = changed(load_model(name), packing=packing)
-            found, spent = fitting(partial(optimizer_steps, config, rounds=rounds, device=device), batches[name])
+            work = partial(steps_in_child, config, compiled=compiled, rounds=rounds, device=device)
+            found, spent = fitting(work, batches[name])
             wanted = MFU_TARGET.get(name)
             verdict = "" if wanted is None else f"{100 * wanted:.0f} %: {'met' if found.utilisation >= wanted else 'MISSED'}"
             values = [f"{1000 * found.seconds:.0f}", f"{found.batch / found.seconds:.1f}", f"{found.peak / 2**30:.1f}"]
-            rows.append([label, str(found.batch), *values, f"{100 * found.utilisation:.1f} %", verdict])
-            times[label] = spent
+            rows.append([f"{name} {label}", str(found.batch), *values, f"{100 * found.utilisation:.1f} %", verdict])
+            times[f"{name} {label}"] = spent
     heads = ["model", "clips a step", "ms a step", "clips/s", "peak memory, GiB", "MFU", "target"]
     yield from table(heads, rows)
     yield from ["", "Where a step goes:", "", *kinds_table(times)]
@@ -92,30 +104,63 @@ def optimizer_section(names: Sequence[str], batches: dict[str, int], rounds: int
     yield from ["", f"{label}:", "", *operators_table(last, 12)]
 
 
-def fitting(work: Callable[[int], Measured], batch: int) -> Measured:
-    """What `work` gives for the largest batch that fits: the given one, or a half, a quarter... of it."""
-    while True:
-        try:
-            return work(batch)
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-        # Outside the except clause, whose error holds the frames that hold the memory.
+def fitting(work: Callable[[int], Measured | None], batch: int) -> Measured:
+    """What `work` gives for the largest batch that fits: the given one, or a half, a quarter... of it.
+
+    Raises:
+        SwiftError: not even one clip fits.
+    """
+    while batch:
+        found = work(batch)
+        if found is not None:
+            return found
         batch //= 2
-        torch.cuda.empty_cache()
+    raise SwiftError("not even one clip fits into the memory of this GPU: leave the model out")
 
 
-def optimizer_steps(model: ModelConfig, batch: int, rounds: int, device: str) -> Measured:
+def steps_in_child(model: ModelConfig, batch: int, *, compiled: bool, rounds: int, device: str) -> Measured | None:
+    """`optimizer_steps` in a fresh process, since DeepSpeed starts once in a process; None where memory ran out.
+
+    Raises:
+        SwiftError: the process failed.
+    """
+    wanted = {"model": model.model_dump(mode="json"), "batch": batch, "rounds": rounds}
+    wanted["engine"] = {"device": device, "compile": compiled}
+    words = child("model.py", "--steps", json.dumps(wanted))
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment())
+    if done.returncode:
+        raise SwiftError(f"steps of {model.name} failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    if found is None:
+        return None
+    return Steps(**found["steps"]), {name: (spent, calls) for name, (spent, calls) in found["operators"].items()}
+
+
+def steps_here(wanted: str) -> str:
+    """What `steps_in_child` asks for and takes back, each as one line of JSON."""
+    asked = json.loads(wanted)
+    try:
+        steps, operators = optimizer_steps(
+            ModelConfig.model_validate(asked["model"]),
+            EngineConfig.model_validate(asked["engine"]),
+            asked["batch"],
+            asked["rounds"],
+        )
+    except torch.OutOfMemoryError:
+        return json.dumps(None)
+    return json.dumps({"steps": asdict(steps), "operators": operators})
+
+
+def optimizer_steps(model: ModelConfig, engine: EngineConfig, batch: int, rounds: int) -> Measured:
     """Real optimizer steps on noise, and the time of each operator in one more.
 
     Args:
         model: the model, with its packing.
+        engine: precision, ZeRO stage, device, whether blocks are compiled.
         batch: clips of a step, all in one micro-batch.
         rounds: steps that are timed.
-        device: `cuda` or `cpu`.
     """
     brain = template_brain(model.image_size)
-    engine = EngineConfig.model_validate({"device": device})
     config = PretrainConfig(
         run=RunConfig(dir=Path("unused")),
         data=DataConfig(store=Path("unused")),
@@ -127,6 +172,8 @@ def optimizer_steps(model: ModelConfig, batch: int, rounds: int, device: str) ->
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(world.device)
         objective = Objective(config, torch.from_numpy(np.flatnonzero(brain)), model.image_size)
+        if engine.compile:
+            compile_blocks(objective)
         backend = build_backend(engine, config.optimizer, objective, decay_names(objective), world, batch, 1)
         clips = noise_batch(config, int(brain.sum()), batch).to(world.device)
         seconds = [_timed(backend, clips, world) for _ in range(WARM_UP + rounds)][WARM_UP:]
@@ -135,7 +182,7 @@ def optimizer_steps(model: ModelConfig, batch: int, rounds: int, device: str) ->
         backend.close()
     finally:
         launch.stop()
-    work = computed_flops(model, brain if model.packing != "none" else None)
+    work = computed_flops(model, None if model.packing == "none" else template_tokens(model))
     return Steps(batch, float(np.median(seconds)), peak, 3.0 * batch * work["total"]), spent
 
 

@@ -9,11 +9,10 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from machine import prose, table
-from model_cases import Case, Formulation, Peak, changed, kept_shares, peak, template_brain, time_in_turn
-from torch.utils.flop_counter import FlopCounterMode
+from model_cases import Case, Formulation, Peak, changed, kept_shares, peak, template_tokens, time_in_turn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from swiftv2.config.model import ModelConfig
-from swiftv2.models import Swin4D
 from swiftv2.models.flops import computed_flops
 from swiftv2.models.geometry import stage_grids
 
@@ -46,39 +45,41 @@ class Point:
 
 
 def points(config: ModelConfig, formulations: Sequence[Formulation], rounds: int, threads: int) -> list[Point]:
-    """Measure every point; those of one place in turn, memory in processes of their own."""
+    """Measure every point: times of all in turn, memory in processes of their own."""
     wanted = [("frames", n, changed(config, frames=n), 1) for n in FRAMES]
     wanted += [("batch", n, config, n) for n in BATCHES]
     wanted += [("width", n, changed(config, embed_dim=n), 1) for n in WIDTHS]
-    found: list[Point] = []
-    known: dict[str, Point] = {}
-    for axis, value, model, batch in wanted:
-        cases: dict[str, Case] = {name: Case(name, model, batch) for name in formulations}
-        new = {name: case for name, case in cases.items() if case.to_json() not in known}
-        times = time_in_turn(new, rounds)
-        for name, case in new.items():
-            seconds = float(np.median(times[name].steps))
-            known[case.to_json()] = Point(axis, value, case, seconds, peak(case, threads), batch * work(case))
-        for case in cases.values():
-            one = known[case.to_json()]
-            found.append(Point(axis, value, case, one.seconds, one.memory, one.flops))
+    places = [(axis, n, Case(name, model, batch)) for axis, n, model, batch in wanted for name in formulations]
+    # Points where axes cross are one case, measured once.
+    cases = {case.to_json(): case for _, _, case in places}
+    times = time_in_turn(cases, rounds)
+    peaks = {word: peak(case, threads) for word, case in cases.items()}
+    found = []
+    for axis, n, case in places:
+        word = case.to_json()
+        seconds = float(np.median(times[word].steps))
+        found.append(Point(axis, n, case, seconds, peaks[word], case.batch * work(case)))
     return found
 
 
 def work(case: Case) -> float:
     """FLOPs of the encoder's forward pass of one clip that are really computed."""
-    brain = template_brain(case.config.image_size) if case.formulation == "packed" else None
-    return float(computed_flops(case.config, brain)["encoder"])
+    template = template_tokens(case.config) if case.formulation == "packed" else None
+    return float(computed_flops(case.config, template)["encoder"])
 
 
-def counted(config: ModelConfig) -> int:
-    """FLOPs of a dense forward pass of one clip by PyTorch's own counter, on the meta device."""
-    with torch.device("meta"):
-        model = Swin4D(config)
-        clips = torch.zeros(1, config.in_channels, *config.image_size, config.frames)
-    with FlopCounterMode(display=False) as counter:
+def counted(case: Case) -> int:
+    """FLOPs of a forward pass of the batch, by PyTorch's own counter as it runs on the CPU."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 (the name of an operator)
+    model, clips = case.build(), case.clips()
+    with FlopCounterMode(display=False, custom_mapping={kernel: _attention_flops}) as counter, torch.no_grad():
         model(clips)
     return int(counter.get_total_flops())
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:
+    """PyTorch's count for its other kernels, by the shapes of the three."""
+    return int(sdpa_flop_count(query, key, value))
 
 
 def section(measured: Sequence[Point], figure: Path | None) -> Iterator[str]:
@@ -89,7 +90,7 @@ def section(measured: Sequence[Point], figure: Path | None) -> Iterator[str]:
     yield from prose(
         f"Steps of {name}, one thing changed at a time; forward and backward of the encoder. Foretold from the point that is "
         "not changed: time by the FLOPs of the work really done (`swiftv2.models.flops`), memory by tokens x width x blocks. "
-        "Counter: what PyTorch's FLOP counter finds in the dense model, over our count."
+        "Counter: what PyTorch's FLOP counter finds in a forward pass, over our count."
     )
     if figure is not None:
         draw(measured, base, figure)
@@ -98,11 +99,9 @@ def section(measured: Sequence[Point], figure: Path | None) -> Iterator[str]:
     for point in measured:
         start = base[point.case.formulation]
         faster, held = point.flops / start.flops, point.held / start.held
-        ratio = ""
-        if point.case.formulation == "dense":
-            ratio = f"{point.case.batch * counted(point.case.config) / point.flops:.3f}"
         seconds, memory = point.seconds / start.seconds, point.memory.growth / start.memory.growth
-        row = [point.axis, str(point.value), point.case.formulation, f"{point.flops / 1e9:.1f}", ratio]
+        row = [point.axis, str(point.value), point.case.formulation, f"{point.flops / 1e9:.1f}"]
+        row.append(f"{counted(point.case) / point.flops:.3f}")
         row += [f"{point.seconds:.2f}", f"{seconds:.2f}", f"{faster:.2f}", f"{point.flops * 3 / point.seconds / 1e9:.0f}"]
         rows.append([*row, f"{point.memory.growth / 2**20:.0f}", f"{memory:.2f}", f"{held:.2f}"])
     heads = ["varied", "value", "formulation", "GFLOP forward", "counter", "seconds", "times the base", "foretold"]
@@ -136,4 +135,4 @@ def draw(measured: Sequence[Point], base: dict[Formulation, Point], path: Path) 
 def _shares(case: Case) -> list[float]:
     if case.formulation != "packed":
         return [1.0] * len(case.config.depths)
-    return kept_shares(template_brain(case.config.image_size), case.config)[1:]
+    return kept_shares(case.config)[1:]
