@@ -123,12 +123,33 @@ class Route:
     """Samples side by side in one row."""
     slots: tuple[tuple[int, ...], ...]
     """Slots of each attention, stage by stage: the rows that are really computed."""
+    shapes: tuple[tuple[int, int], ...]
+    """Groups and length of every bucket of every geometry: what kernels, and a compiler, see of the tokens."""
     cells: Tensor | None = None
     """Kept cells of the first stage, in C order; None where rows of all cells come in."""
     voxels: Tensor | None = None
     """Voxels of their patches, flat in the padded grid: (places * voxels of a patch,)."""
     rows: Tensor | None = None
     """Rows of (cell, sample) that are embedded, where every sample has tokens of its own: those alone come in."""
+
+
+class Work:
+    """What a model has computed since this was last asked: how even ranks are, and how many shapes their kernels met."""
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._shapes: set[tuple[tuple[int, int], ...]] = set()
+
+    def note(self, route: Route) -> None:
+        """Count a forward pass."""
+        self._rows += route.batch * sum(map(sum, route.slots))
+        self._shapes.add(route.shapes)
+
+    def take(self) -> tuple[int, int]:
+        """Rows of all attentions together, and different sets of shapes; counting begins anew."""
+        found = self._rows, len(self._shapes)
+        self._rows, self._shapes = 0, set()
+        return found
 
 
 @untraced
@@ -203,7 +224,7 @@ def _route(
     side_by_side = batch if tokens.sample is None else 1
     order = entrance
     children: NDArray[np.int64] | None = None
-    stages, slots = [], []
+    stages, slots, shapes = [], [], []
     enter: Move | None = None
     for stage, depth in enumerate(config.depths):
         specs = [block_specs(config, stage, block, tokens.grid) for block in range(depth)]
@@ -224,13 +245,14 @@ def _route(
             blocks.append(tuple(steps))
         stages.append(_stage_route(config, merge, tokens, first, side_by_side, tuple(blocks), device))
         slots.append(tuple(len(layouts[spec][0]) for spec in chain(*specs)))
+        shapes += [(groups, length) for _, layout in layouts.values() for groups, length, _ in layout.buckets]
         order = layouts[former][0]
         if stage + 1 < len(config.depths):
             tokens, children = tokens.merged()
     if enter is None:
         raise AssertionError("a model has at least one stage")
     leave = _move(order, _places(tokens, batch), device, zero=True)
-    return Route(enter, tuple(stages), leave, side_by_side, tuple(slots))
+    return Route(enter, tuple(stages), leave, side_by_side, tuple(slots), tuple(shapes))
 
 
 def _stage_route(

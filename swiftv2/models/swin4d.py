@@ -20,7 +20,7 @@ from swiftv2.errors import SwiftError
 from swiftv2.models.blocks import Block, DecoupledBlock, PatchMerging
 from swiftv2.models.geometry import Grid, patches_with_brain, split_axes, stage_grids, token_grid
 from swiftv2.models.initialise import initialise
-from swiftv2.models.routes import Move, Route, StageRoute, Step, sample_route, shared_route
+from swiftv2.models.routes import Move, Route, StageRoute, Step, Work, sample_route, shared_route
 from swiftv2.models.swift_v1 import encoder_tensors, v1_tree
 
 
@@ -169,6 +169,7 @@ class Swin4D(nn.Module):
             self.register_buffer("template", torch.zeros(grids[0][:3], dtype=torch.bool))
             self.template: Tensor
         self._template_bytes: bytes | None = None
+        self.work = Work()
         self.register_load_state_dict_post_hook(_forget_template)  # type: ignore[no-untyped-call]
         if seed is not None:
             initialise(self, seed)
@@ -257,6 +258,8 @@ class Swin4D(nn.Module):
 
     def _encode(self, x: Tensor, route: Route, volume: Tensor, drop_path: Tensor | None) -> Tensor:
         uniforms = self._uniforms(volume, drop_path)
+        if self.training:
+            self.work.note(route)
         x = route.enter(x.view(-1, route.batch, x.shape[-1]))
         merges = [stage.merge for stage in route.stages[1:]]
         times = -(-volume.shape[-1] // self.config.patch_size[3])

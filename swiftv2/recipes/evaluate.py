@@ -11,7 +11,7 @@ import torch.distributed as dist
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.data.samples.batches import evaluation_batches
 from swiftv2.data.samples.masks import brain_ratio
-from swiftv2.engine.collective import on_first
+from swiftv2.engine.collective import gather, on_first
 from swiftv2.engine.launch import World
 from swiftv2.errors import SwiftError
 from swiftv2.files import write_file
@@ -54,7 +54,23 @@ class HeldOut:
         content = json.loads(json.dumps(content | {"groups": groups}), parse_constant=lambda _: None)
         text = json.dumps(content, indent=1) + "\n"
         on_first(lambda: write_file(self.run_dir / REPORT, text), self.world)
-        return {"heldout/loss": loss, **{k: v for name, score in report.items() for k, v in _flat(name, score).items()}}
+        values = {"heldout/loss": loss, **self._evenness()}
+        return values | {k: v for name, score in report.items() for k, v in _flat(name, score).items()}
+
+    def _evenness(self) -> dict[str, float]:
+        """Training since the last evaluation, where ranks compute different tokens (collective).
+
+        `packing/imbalance` is the rows of the rank with most over the mean of all ranks, `packing/shapes` the most sets of
+        bucket shapes that a rank met: what bounds recompilation.
+        """
+        rows, shapes = self.objective.simmim.encoder.work.take()
+        if self.config.model.packing != "subject" and self.config.objective == "simmim":
+            return {}
+        found = gather((rows, shapes), self.world)
+        mean = sum(one[0] for one in found) / len(found)
+        if not mean:
+            return {}
+        return {"packing/imbalance": max(one[0] for one in found) / mean, "packing/shapes": float(max(one[1] for one in found))}
 
     @torch.no_grad()
     def _score(self) -> tuple[float, float, int, FluctuationScore]:
