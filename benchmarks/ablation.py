@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ablation_cases import CASES, SIZES, WORDS, Setup, peak, ratios, run_folder, time_in_turn, training_words, weigh
+from ablation_cases import BATCH, CASES, SIZES, WORDS, Setup, peak, ratios, run_folder, time_in_turn, training_words, weigh
 from ablation_scores import BASELINES, PAIRS, Scores, score
 from machine import ROOT, environment, page, parser, prose, run_children, table, write_page
 
@@ -148,7 +148,7 @@ def costs(size: str, rounds: int, threads: int) -> list[str]:
 def main() -> None:
     """Train, score, time, weigh, and write the page."""
     options = parser(__doc__)
-    options.add_argument("--steps", type=int, default=200, help="optimizer steps of 4 clips of each run")
+    options.add_argument("--steps", type=int, default=200, help="optimizer steps of each run")
     options.add_argument("--second", nargs="*", default=["dense", "packed", "visible"], help="cases trained from seed 1 too")
     options.add_argument("--jobs", type=int, default=2, help="runs at a time")
     options.add_argument("--rounds", type=int, default=5, help="rounds of timing")
@@ -169,9 +169,9 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(chosen.threads)
     found = {seed: score(folder, seed, cases=cases) for seed, cases in seeds.items() if cases}
     intro = (
-        f"Each case is trained alone for {chosen.steps} steps of 4 clips of 20 frames on the cohort of `make pretrain` "
-        "(generated, 48 subjects at 4 mm, 48^3 voxels, configs/pretrain/demo.yaml, L2 loss, mask ratio 0.6, plain backend, float32): a "
-        "few passes over a small cohort of smooth generated signal. It compares settings there and says nothing of long "
+        f"Each case is trained alone for {chosen.steps} steps of {BATCH} clips of 20 frames on the cohort of `make pretrain` "
+        "(generated, 48 subjects at 4 mm, 48^3 voxels; configs/pretrain/demo.yaml, L2 loss, mask ratio 0.6, float32): about one "
+        "pass over a small cohort of smooth generated signal. It compares settings there and says nothing of long "
         "training on real data."
     )
     body = ["## What is learned", *prose(intro), *learned(found)]

@@ -47,6 +47,8 @@ WORDS = {
     "decoupled": "SimMIM, decoupled, all tokens, no absolute positions",
     "decoupled, places": "the same, absolute positions in space",
 }
+BATCH = 2
+"""Clips of a training step."""
 SIZES: dict[str, tuple[int, tuple[str, ...]]] = {"demo": (4, tuple(CASES)), "51M": (1, ("dense", "packed", "visible"))}
 """Clips of a timed batch, and the cases that are timed, by preset."""
 
@@ -159,6 +161,7 @@ def training_words(folder: Path, case: str, seed: int, steps: int) -> list[Any]:
         f"run.seed={seed}",
         "engine.backend=plain",
         f"train.max_steps={steps}",
+        f"train.global_batch={BATCH}",
         f"train.save_every={steps}",
         f"train.evaluate_every={steps}",
         "evaluate.max_clips=15",
