@@ -63,7 +63,7 @@ def pretrain(config: PretrainConfig) -> FitResult:
             run.event("data", **data.facts())
             on_first(lambda: write_contract(run.path, config, data), world)
             if config.engine.compile:
-                compile_blocks(objective, varying=config.model.packing == "subject")
+                compile_blocks(objective, varying=config.model.packing == "subject" or config.objective == "visible_only")
             backend = build_backend(
                 config.engine,
                 config.optimizer,
