@@ -170,7 +170,7 @@ def main() -> None:
     found = {seed: score(folder, seed, cases=cases) for seed, cases in seeds.items() if cases}
     intro = (
         f"Each case is trained alone for {chosen.steps} steps of {BATCH} clips of 20 frames on the cohort of `make pretrain` "
-        "(generated, 48 subjects at 4 mm, 48^3 voxels; configs/pretrain/demo.yaml, L2 loss, mask ratio 0.6, float32): about one "
+        "(generated, 48 subjects at 4 mm; configs/pretrain/demo.yaml, L2 loss, mask ratio 0.6, float32): about one "
         "pass over a small cohort of smooth generated signal. It compares settings there and says nothing of long "
         "training on real data."
     )
