@@ -79,7 +79,7 @@ def counted(case: Case) -> int:
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:
     """PyTorch's count for its other kernels, by the shapes of the three."""
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 def section(measured: Sequence[Point], figure: Path | None) -> Iterator[str]:
