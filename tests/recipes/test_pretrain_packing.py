@@ -1,6 +1,7 @@
 """Packed pretraining on real BOLD, by real processes."""
 
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import nitime
@@ -28,10 +29,12 @@ def uneven_brains(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real BOLD of four subjects, of whom each has another part of the box."""
     folder = tmp_path_factory.mktemp("uneven")
     for subject in range(4):
-        image = nib.load(Path(nitime.__file__).parent / "data" / f"fmri{1 + subject % 2}.nii.gz")
+        image: Any = nib.load(Path(nitime.__file__).parent / "data" / f"fmri{1 + subject % 2}.nii.gz")
         bold = np.asarray(image.dataobj).copy()
-        bold[:, 3 + 4 * subject :] = 0
-        nib.Nifti1Image(bold, image.affine, image.header).to_filename(folder / f"sub-{subject}_bold.nii.gz")
+        bold[..., 4 + 4 * subject :, :] = 0
+        nib.Nifti1Image(bold, image.affine, image.header).to_filename(  # type: ignore[no-untyped-call]
+            folder / f"sub-{subject}_bold.nii.gz"
+        )
     grid = GridConfig(kind="source", mask="box", space="native-nitime")
     build(str(folder / "*.nii.gz"), folder / "uneven.zarr", grid, "nitime", expect_tr=1.35, salt="0" * 32)
     return folder / "uneven.zarr"
@@ -39,7 +42,8 @@ def uneven_brains(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_subjects_masks_train_the_same_on_two_ranks(config: Path, uneven_brains: Path, tmp_path: Path) -> None:
     """Ranks compute different tokens; the losses stay those of one rank, and how uneven they were is logged."""
-    words = ("model.packing=subject", "train.max_steps=6", "train.evaluate_every=6", "train.save_every=6")
+    words = ("model.packing=subject", *(f"train.{key}=6" for key in ("max_steps", "evaluate_every", "save_every")))
+    words = (*words, "data.split.fractions=[0.8, 0.2, 0.0]")
     pretrain(config, uneven_brains, tmp_path / "one", "engine.backend=plain", *words)
     pretrain(config, uneven_brains, tmp_path / "two", *words, ranks=2)
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=5e-6)
