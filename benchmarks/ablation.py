@@ -65,12 +65,11 @@ def train(folder: Path, wanted: Iterable[tuple[str, int]], steps: int, jobs: int
             future.result()
 
 
-def interval(value: Estimate | None, sign: int = 1) -> str:
+def interval(value: Estimate | None) -> str:
     """A mean with its 95 % interval."""
     if value is None or value.low is None or value.high is None:
         return ""
-    low, high = sorted((sign * value.low, sign * value.high))
-    return f"{sign * value.mean:.4f} ({low:.4f} to {high:.4f})"
+    return f"{value.mean:.4f} ({value.low:.4f} to {value.high:.4f})"
 
 
 def learned(found: Mapping[int, Scores]) -> list[str]:

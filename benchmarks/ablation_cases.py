@@ -21,7 +21,8 @@ from swiftv2.data.samples.masks import draw_mask
 from swiftv2.errors import SwiftError
 from swiftv2.models import MaskedModel
 from swiftv2.models.flops import computed_flops, visible_flops
-from swiftv2.models.geometry import patches_with_brain, token_grid
+from swiftv2.models.geometry import as_grid, patches_with_brain, token_grid
+from swiftv2.models.simmim import enlarge
 from swiftv2.models.visible import make_masked
 
 TEMPLATE = "model.packing=template"
@@ -49,13 +50,18 @@ WORDS = {
 }
 BATCH = 2
 """Clips of a training step."""
-SIZES: dict[str, tuple[int, tuple[str, ...]]] = {"demo": (4, tuple(CASES)), "51M": (1, ("dense", "packed", "visible"))}
+COARSE = {f"visible, cells of {n}": (*VISIBLE, f"mask.patch_size=[{n},{n},{n},2]") for n in (12, 24)}
+"""Hidden in larger pieces, so that the deeper stages have fewer tokens too; timed, not trained."""
+SIZES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "demo": (4, tuple(CASES)),
+    "51M": (1, ("dense", "packed", "visible", *COARSE)),
+}
 """Clips of a timed batch, and the cases that are timed, by preset."""
 
 
 def configured(case: str, words: Sequence[str] = (), size: str = "demo") -> PretrainConfig:
     """The configuration of a case; the store is not needed."""
-    own = [word for word in CASES[case] if size == "demo" or word not in LIGHT]
+    own = [word for word in (CASES | COARSE)[case] if size == "demo" or word not in LIGHT]
     changes = (*own, "engine.backend=plain", "engine.precision=fp32", "loss.kind=l2", *words)
     return load(PretrainConfig, ROOT / "configs" / "pretrain" / f"{size}.yaml", changes)
 
@@ -95,11 +101,13 @@ class Setup:
         return seconds
 
     def flops(self) -> dict[str, int]:
-        """Of a forward pass, a clip; the masks' cells are the tokens here."""
+        """Of a forward pass, a clip."""
         config, encoder = self.config.model, self.model.encoder
         there = encoder.tokens(self.volume, self.brain)
         if self.config.objective == "visible_only":
-            return visible_flops(config, (there & ~self.mask).numpy(), there.numpy())
+            pairs = zip(self.config.mask.patch_size, config.patch_size, strict=True)
+            hidden = enlarge(self.mask, as_grid([cell // patch for cell, patch in pairs]))
+            return visible_flops(config, (there & ~hidden).numpy(), there.numpy())
         return computed_flops(config, there[0, ..., 0].numpy() if config.packing == "template" else None)
 
     def parameters(self) -> tuple[int, int]:
