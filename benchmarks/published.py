@@ -163,8 +163,12 @@ class Stage(nn.Module):
         self.downsample = None if last else Merging(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W, D, T) -> the next stage's input."""
-        x = x.permute(0, 2, 3, 4, 5, 1).contiguous()
+        """(B, C, H, W, D, T) -> the next stage's input.
+
+        As published, the channels move to the end as a view alone: the residual stream of the whole stage keeps lying in
+        memory with the channels first, and every norm and addition steps over it.
+        """
+        x = x.contiguous().permute(0, 2, 3, 4, 5, 1)
         grid = sizes(x.shape[1:5])
         wanted = (*grid[:3], self.window[3]) if self.full else self.window
         window = sizes([min(n, w) for n, w in zip(grid, wanted, strict=True)])
@@ -176,7 +180,7 @@ class Stage(nn.Module):
             x = block(x, window, shift, masks[shift])
         if self.downsample is not None:
             x = self.downsample(x)
-        return x.permute(0, 5, 1, 2, 3, 4).contiguous()
+        return x.permute(0, 5, 1, 2, 3, 4)
 
     def _mask(self, grid: Sizes, padded: Sizes, window: Sizes, shift: Sizes, device: torch.device) -> Tensor | None:
         mask = region_mask(padded, window, shift, device) if any(shift) else None
@@ -196,8 +200,8 @@ class PositionTables(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W, D, T) plus the tables."""
-        out: Tensor = x + self.pos_embed + self.time_embed[..., : x.shape[-1]]
-        return out
+        x = x + self.pos_embed
+        return x + self.time_embed[..., : x.shape[-1]]
 
 
 class PatchEmbed(nn.Module):
@@ -215,7 +219,7 @@ class PatchEmbed(nn.Module):
         split = volume.view(batch, channels, *(size for pair in zip(counts, self.patch, strict=True) for size in pair))
         patches = split.permute(0, 2, 4, 6, 8, 3, 5, 7, 9, 1).contiguous().view(batch, *counts, -1)
         out: Tensor = self.fc(patches)
-        return out.permute(0, 5, 1, 2, 3, 4).contiguous()
+        return out.permute(0, 5, 1, 2, 3, 4)
 
 
 class PublishedSwin4D(nn.Module):
@@ -245,5 +249,5 @@ class PublishedSwin4D(nn.Module):
         for table, layer in zip(self.pos_embeds, self.layers, strict=True):
             x = layer(table(x))
         if self.config.variant != "swift_v1":
-            x = self.norm(x.permute(0, 2, 3, 4, 5, 1)).permute(0, 5, 1, 2, 3, 4).contiguous()
+            x = self.norm(x.permute(0, 2, 3, 4, 5, 1)).permute(0, 5, 1, 2, 3, 4)
         return x
