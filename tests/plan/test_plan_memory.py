@@ -49,12 +49,13 @@ def between_steps(name: str, world: int, layout: Layout) -> float:
 @pytest.mark.parametrize("world", [1, 2])
 def test_states_are_those_of_the_real_backends(world: int, tmp_path: Path) -> None:
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
-    program = [sys.executable, *several, str(WORKER), json.dumps(ENGINES), str(tmp_path)]
+    chosen = {name: engine for name, engine in ENGINES.items() if world == 1 or engine.get("zero_stage")}
+    program = [sys.executable, *several, str(WORKER), json.dumps(chosen), str(tmp_path)]
     done = subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     ranks = [json.loads(path.read_text()) for path in sorted(tmp_path.iterdir())]
     assert len(ranks) == world
-    for name in ENGINES:
+    for name in chosen:
         layout = Layout(tuple(ranks[0][name]["sizes"]), tuple(ranks[0][name]["decayed"]))
         assert max(rank[name]["held"] for rank in ranks) == pytest.approx(between_steps(name, world, layout), rel=0.01), name
 

@@ -35,12 +35,11 @@ class Chain(nn.Module):
         return out.float().square().mean()
 
 
-def held() -> int:
-    """Bytes of the storages of all tensors."""
+def held() -> dict[int, torch.UntypedStorage]:
+    """Storages of all tensors by address; what former backends left stays as long as this is kept."""
     gc.collect()
-    tensors = [x for x in gc.get_objects() if isinstance(x, Tensor)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
-    return sum(storages.values())
+    storages = [x.untyped_storage() for x in gc.get_objects() if issubclass(type(x), Tensor) and x.device.type == "cpu"]
+    return {storage.data_ptr(): storage for storage in storages}
 
 
 def main() -> None:
@@ -61,7 +60,8 @@ def main() -> None:
             backend.forward_backward(batch)
             backend.step(1e-3)
         del batch
-        found[name] = {"held": held() - before, "sizes": sizes, "decayed": decayed}
+        size = sum(storage.nbytes() for pointer, storage in held().items() if pointer not in before)
+        found[name] = {"held": size, "sizes": sizes, "decayed": decayed}
         backend.close()
         del backend, module
     (Path(sys.argv[2]) / f"{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
