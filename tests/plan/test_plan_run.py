@@ -20,6 +20,7 @@ def planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     return tree
 
 
+@pytest.mark.slow
 def test_a_run_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     plan = planned(capsys, "--tokens", "1e9")
     assert plan["fits"] is True
@@ -50,6 +51,7 @@ def test_a_run_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(point["global_batch"] == 16 for point in plan["strong"])
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train.global_batch=8192", "train.micro_batch=2048"]
     plan = planned(capsys, *words)
