@@ -35,7 +35,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "dense": (),
     "packed": (TEMPLATE,),
     "visible": (*VISIBLE, *LIGHT),
-    "visible, no skip": (*VISIBLE, *LIGHT, "model.decoder.visible.skip=false"),
+    "visible, skip": (*VISIBLE, *LIGHT, "model.decoder.visible.skip=true"),
     "decoupled": (*IN_TIME, "model.absolute_position=false"),
     "decoupled, places": (*IN_TIME, "model.absolute_position=true"),
 }
@@ -44,7 +44,7 @@ WORDS = {
     "dense": "SimMIM, unified attention, all tokens",
     "packed": "SimMIM, unified, packing=template",
     "visible": "visible_only, unified, packing=template",
-    "visible, no skip": "the same, decoder.visible.skip=false",
+    "visible, skip": "the same, decoder.visible.skip=true",
     "decoupled": "SimMIM, decoupled, all tokens, no absolute positions",
     "decoupled, places": "the same, absolute positions in space",
 }

@@ -20,8 +20,7 @@ BASELINES = ("visible_mean", "time_interpolation", "run_mean")
 PAIRS = (
     ("packed", "dense"),
     ("visible", "packed"),
-    ("visible, no skip", "packed"),
-    ("visible", "visible, no skip"),
+    ("visible, skip", "visible"),
     ("decoupled", "dense"),
     ("decoupled, places", "decoupled"),
 )

@@ -19,7 +19,7 @@ class VisibleDecoderConfig(Config):
     """Blocks; their windows are those of the first stage in space and span the clip in time."""
     num_heads: PositiveInt = 4
     """Attention heads; divides width."""
-    skip: bool = True
+    skip: bool = False
     """Whether the visible patches' embeddings are handed to the decoder beside the last stage's features."""
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ def test_every_case_is_a_run_that_can_be_configured(tmp_path: Path) -> None:
     assert not configs["decoupled"].model.absolute_position
     same = [config.model_dump(include={"data", "clip", "mask", "loss", "train", "optimizer"}) for config in configs.values()]
     assert all(one == same[0] for one in same)
-    assert run_folder(tmp_path, "visible, no skip", 0).name == "visible-no-skip-0"
+    assert run_folder(tmp_path, "visible, skip", 0).name == "visible-skip-0"
     assert CASES.keys() == WORDS.keys()
     assert {name for pair in PAIRS for name in pair} <= CASES.keys()
 

@@ -22,7 +22,9 @@ SIZE, FRAMES = (9, 6, 5), 6
 
 
 def visible_only(variant: str, cell: tuple[int, int, int, int] = CELL, **changes: Any) -> VisibleOnly:
-    return VisibleOnly(config(variant, **changes), MaskConfig(patch_size=cell), LossConfig(kind="l2"))
+    """With the skip, so that visible patches come in by two ways."""
+    settled = config(variant, **({"decoder": {"visible": {"skip": True}}} | changes))
+    return VisibleOnly(settled, MaskConfig(patch_size=cell), LossConfig(kind="l2"))
 
 
 def brains(batch: int, share: float = 0.6, seed: int = 0) -> Tensor:
