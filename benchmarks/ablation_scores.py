@@ -17,6 +17,8 @@ from swiftv2.recipes.export import export_checkpoint
 from swiftv2.recipes.objective import Objective
 
 BASELINES = ("visible_mean", "time_interpolation", "run_mean")
+CLIPS = 60
+"""Clips scored, spread evenly over the held-out subjects."""
 PAIRS = (
     ("packed", "dense"),
     ("visible", "packed"),
@@ -40,7 +42,7 @@ class Scores:
 
 
 def score(folder: Path, seed: int, frames: int | None = None, cases: Sequence[str] = tuple(CASES)) -> Scores:
-    """Score the trained runs of a seed on all held-out clips.
+    """Score the trained runs of a seed on clips of all held-out subjects.
 
     Args:
         folder: holds the runs.
@@ -66,6 +68,7 @@ def score(folder: Path, seed: int, frames: int | None = None, cases: Sequence[st
         config.data.normalisation,
         seed=seed,
         batch=4,
+        max_clips=CLIPS,
         reading=data.reading(config.data, torch.device("cpu")),
     )
     with batches, torch.no_grad():
