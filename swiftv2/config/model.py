@@ -87,7 +87,8 @@ class ModelConfig(Config):
     mask. Background tokens are then never attended to, and are zero children in merging. A subject's own mask gives away
     the size of the head, and with it sex."""
     attention_buckets: PositiveInt = 8
-    """Most lengths to which groups of tokens that attend to one another are padded; fewer kernels, or less padding."""
+    """Most lengths to which groups of tokens that attend to one another are padded; fewer kernels, or less padding. Where
+    every sample has tokens of its own (packing=subject, visible-only encoding) lengths are fixed instead."""
     checkpoint_stages: tuple[int, ...] = ()
     """Stages (0-based) whose blocks recompute their activations in the backward pass."""
     checkpoint_keep: Literal["nothing", "attention", "products"] = "nothing"
@@ -113,6 +114,8 @@ class ModelConfig(Config):
         for stage in self.checkpoint_stages:
             if not 0 <= stage < len(self.depths):
                 raise ValueError(f"checkpoint_stages: there is no stage {stage}; stages are 0 to {len(self.depths) - 1}")
+        if self.checkpoint_keep != "nothing" and not self.checkpoint_stages:
+            raise ValueError(f"checkpoint_keep={self.checkpoint_keep} needs checkpoint_stages: nothing is recomputed now")
         if self.variant != "decoupled" and not self.absolute_position:
             raise ValueError(f"absolute_position=false needs variant=decoupled; {self.variant} has no other notion of place")
         return self

@@ -54,7 +54,17 @@ class PretrainConfig(Config):
                 "data.normalisation: per_voxel with scope=clip tells the model the mean of each voxel's hidden frames; "
                 "use scope=run"
             )
-        if self.clip.frames > self.model.frames:
+        if self.model.packing != "none" and self.loss.over == "everywhere":
+            raise ValueError(
+                f"loss.over=everywhere counts background, which model.packing={self.model.packing} leaves out: "
+                "take loss.over=brain_voxels or brain_tokens"
+            )
+        if self.engine.compile and self.model.checkpoint_keep != "nothing":
+            raise ValueError(
+                f"engine.compile=true hides products and attention from model.checkpoint_keep={self.model.checkpoint_keep}: "
+                "take checkpoint_keep=nothing or compile=false"
+            )
+        if self.clip.frames > self.model.frames and self.model.variant != "decoupled":
             raise ValueError(
                 f"clip.frames={self.clip.frames} is longer than model.frames={self.model.frames}, "
                 "for which the time tables are made: raise model.frames"

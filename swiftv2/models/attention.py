@@ -9,8 +9,9 @@ from swiftv2.models.routes import Layout
 
 HARDWARE_MULTIPLE = 8
 """CUDA's fused kernels take masks only at head dimensions that this divides; others are padded with zeros."""
-FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-"""Kernels that never hold a whole attention matrix. Where none of them can run, PyTorch refuses instead of going slowly."""
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+"""Kernels that never hold a whole attention matrix. Where none of them can run, PyTorch refuses instead of going slowly.
+cuDNN's is left out: it plans anew for every shape, and packed shapes vary."""
 
 
 class GroupAttention(nn.Module):

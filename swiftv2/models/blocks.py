@@ -1,4 +1,4 @@
-"""Blocks of the three families, patch merging, and stochastic depth without a running random state."""
+"""Blocks of the three families, and patch merging."""
 
 import torch
 from torch import Tensor, nn
@@ -24,24 +24,6 @@ class MLP(nn.Module):
         return out
 
 
-class DropPath(nn.Module):
-    """Adds a branch to the residual, or leaves it out for whole samples; the draw is handed in.
-
-    Args:
-        probability: chance that a sample loses the branch; kept branches are scaled to keep the mean.
-    """
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, x: Tensor, branch: Tensor, uniform: Tensor | None) -> Tensor:
-        """`x + branch`, both (slots, batch, C); `uniform` (slots or 1, batch, 1) in [0, 1) or None for no dropping."""
-        if uniform is None or self.probability == 0.0:
-            return x + branch
-        return x + branch * ((uniform >= self.probability).to(branch.dtype) / (1.0 - self.probability))
-
-
 class LayerScale(nn.Module):
     """A learned factor a channel."""
 
@@ -60,22 +42,20 @@ class Block(nn.Module):
 
     branches: int = 2
 
-    def __init__(self, config: ModelConfig, stage: int, drop_path: float) -> None:
+    def __init__(self, config: ModelConfig, stage: int) -> None:
         super().__init__()
         width = config.embed_dim * 2**stage
         self.norm1 = nn.LayerNorm(width)
         self.attn = GroupAttention(width, config.num_heads[stage], config.qkv_bias)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width, int(width * config.mlp_ratio))
-        self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, steps: tuple[Step, ...], uniforms: Tensor | None) -> Tensor:
-        """(slots, batch, C) -> (slots, batch, C) in the order of the step; `uniforms` (samples, 2) or None."""
+    def forward(self, x: Tensor, steps: tuple[Step, ...], factors: Tensor | None) -> Tensor:
+        """(slots, batch, C) -> (slots, batch, C) in the order of the step; `factors` (samples, 2) of the branches or None."""
         (step,) = steps
         x = _arrive(x, step)
-        x = self.drop_path(x, self.attn(_normalised(self.norm1, x, step.layout), step.layout), _draw(uniforms, 0, step.layout))
-        out: Tensor = self.drop_path(x, self.mlp(self.norm2(x)), _draw(uniforms, 1, step.layout))
-        return out
+        x = _add(x, self.attn(_normalised(self.norm1, x, step.layout), step.layout), factors, 0, step.layout)
+        return _add(x, self.mlp(self.norm2(x)), factors, 1, step.layout)
 
 
 class DecoupledBlock(nn.Module):
@@ -83,7 +63,7 @@ class DecoupledBlock(nn.Module):
 
     branches: int = 3
 
-    def __init__(self, config: ModelConfig, stage: int, drop_path: float) -> None:
+    def __init__(self, config: ModelConfig, stage: int) -> None:
         super().__init__()
         width, heads = config.embed_dim * 2**stage, config.num_heads[stage]
         self.temporal_norm = nn.LayerNorm(width)
@@ -94,18 +74,16 @@ class DecoupledBlock(nn.Module):
         self.spatial_scale = LayerScale(width, config.layer_scale_spatial)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width, int(width * config.mlp_ratio))
-        self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, steps: tuple[Step, ...], uniforms: Tensor | None) -> Tensor:
-        """(slots, batch, C) -> (slots, batch, C) in the order of the last step; `uniforms` (samples, 3) or None."""
+    def forward(self, x: Tensor, steps: tuple[Step, ...], factors: Tensor | None) -> Tensor:
+        """(slots, batch, C) -> (slots, batch, C) in the order of the last step; `factors` (samples, 3) of branches or None."""
         in_time, in_space = steps
         x = _arrive(x, in_time)
         mixed = self.temporal_attn(_normalised(self.temporal_norm, x, in_time.layout), in_time.layout)
-        x = _arrive(self.drop_path(x, self.temporal_scale(mixed), _draw(uniforms, 0, in_time.layout)), in_space)
+        x = _arrive(_add(x, self.temporal_scale(mixed), factors, 0, in_time.layout), in_space)
         mixed = self.spatial_attn(_normalised(self.spatial_norm, x, in_space.layout), in_space.layout)
-        x = self.drop_path(x, self.spatial_scale(mixed), _draw(uniforms, 1, in_space.layout))
-        out: Tensor = self.drop_path(x, self.mlp(self.norm2(x)), _draw(uniforms, 2, in_space.layout))
-        return out
+        x = _add(x, self.spatial_scale(mixed), factors, 1, in_space.layout)
+        return _add(x, self.mlp(self.norm2(x)), factors, 2, in_space.layout)
 
 
 def compile_blocks(module: nn.Module, *, varying: bool = False) -> None:
@@ -118,9 +96,9 @@ def compile_blocks(module: nn.Module, *, varying: bool = False) -> None:
     Raises:
         RuntimeError: in the first pass, where a block cannot be compiled whole.
     """
-    # One code for all blocks meets two shifts of four stages and both modes: more than the default allows, and beyond its
-    # limit PyTorch would go on uncompiled.
-    torch._dynamo.config.recompile_limit = 256  # noqa: SLF001 (the documented way)
+    # One code for all blocks meets two shifts of four stages and both modes, and with varying tokens the sets of buckets:
+    # more than the default allows, and beyond its limit PyTorch would go on uncompiled.
+    torch._dynamo.config.recompile_limit = 1024  # noqa: SLF001 (the documented way)
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # noqa: SLF001
     for child in module.modules():
         if isinstance(child, Block | DecoupledBlock):
@@ -131,12 +109,12 @@ def _arrive(x: Tensor, step: Step) -> Tensor:
     return x if step.move is None else step.move(x)
 
 
-def _draw(uniforms: Tensor | None, branch: int, layout: Layout) -> Tensor | None:
-    """Each sample's draw for a branch, beside its slots."""
-    if uniforms is None:
-        return None
-    drawn = uniforms[:, branch]
-    return drawn[None, :, None] if layout.sample is None else drawn[layout.sample][:, None, None]
+def _add(x: Tensor, branch: Tensor, factors: Tensor | None, which: int, layout: Layout) -> Tensor:
+    """A residual branch, times each sample's factor where there are any."""
+    if factors is None:
+        return x + branch
+    own = factors[:, which]
+    return x + branch * (own[None, :, None] if layout.sample is None else own[layout.sample][:, None, None])
 
 
 def _normalised(norm: nn.LayerNorm, x: Tensor, layout: Layout) -> Tensor:

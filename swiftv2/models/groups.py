@@ -5,8 +5,9 @@ bucket, whose slots are padded to one length; padded slots are hidden as keys an
 windows that overhang the grid nor background cost anything, and groups that fill their bucket need no mask.
 
 SwiFT v1 is the exception, for its published weights: it attends to overhanging slots as zeros, and adds -100 to the
-logits across regions. In the other families a key of another region is not there at all: -100 leaves it a weight of
-exp(-100 + difference of logits), which float32 adds to nothing below a difference of 80.
+logits across regions. In the other families a key of another region is not there at all: -100 would leave it a weight of
+exp(-100 + difference of logits), which float32 adds to nothing below a difference of 80, and bf16 below 89:
+trained logits are taken to stay below that.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ ALIGNED = 8
 FIXED_LENGTHS = 8
 """Bucket lengths where every batch has token sets of its own: multiples of an eighth of the window."""
 FIXED_COUNTS = 16
-"""Groups of such a bucket are filled up to a multiple of this share (1/16) of the windows, so that few shapes occur."""
+"""Groups of such a bucket are filled up to a multiple of this share (1/16) of the windows: brain masks then come in few
+shapes. Random masks (visible-only encoding) still come in many, which kernels must take as they come."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,11 @@ class Bucket:
     def length(self) -> int:
         """Slots of a group."""
         return int(self.slots.shape[1])
+
+    def pieces(self, groups: int) -> list["Bucket"]:
+        """The same groups, at most so many at a time."""
+        starts = range(0, len(self.slots), groups)
+        return [Bucket(self.slots[i : i + groups], None if self.bias is None else self.bias[i : i + groups]) for i in starts]
 
 
 def attention_groups(tokens: TokenSet, spec: WindowSpec, buckets: int, width: int) -> list[Bucket]:
@@ -81,7 +88,7 @@ def attention_groups(tokens: TokenSet, spec: WindowSpec, buckets: int, width: in
         total = len(members) if tokens.sample is None else _rounded(len(members), spec.windows)
         slots = np.full((total, lengths[index]), -1, dtype=np.int64)
         slots[rows[group[mine]], place[mine]] = mine
-        found.append(Bucket(slots, _key_bias(slots)))
+        found.append(Bucket(slots, _key_bias(slots, always=tokens.sample is not None)))
     return found
 
 
@@ -122,10 +129,12 @@ def _rounded(groups: int, windows: int) -> int:
     return -(-groups // step) * step
 
 
-def _key_bias(slots: NDArray[np.int64]) -> NDArray[np.float32] | None:
+def _key_bias(slots: NDArray[np.int64], *, always: bool) -> NDArray[np.float32] | None:
     """(groups, 1, 1, length): -inf on padded keys, but nowhere in groups that only fill the bucket up."""
     padded = (slots < 0) & (slots >= 0).any(axis=1, keepdims=True)
-    return np.where(padded, np.float32(-np.inf), np.float32(0))[:, None, None, :] if padded.any() else None
+    # Where every batch has tokens of its own, a mask that comes and goes would be compiled for anew.
+    wanted = always or padded.any()
+    return np.where(padded, np.float32(-np.inf), np.float32(0))[:, None, None, :] if wanted else None
 
 
 def _rolled(tokens: TokenSet, spec: WindowSpec) -> list[NDArray[np.int64]]:
@@ -169,3 +178,10 @@ def _whole_windows(spec: WindowSpec) -> list[Bucket]:
 def slot_tokens(buckets: Sequence[Bucket]) -> NDArray[np.int64]:
     """(slots,) token of every slot of all buckets, -1 for padding."""
     return np.concatenate([bucket.slots.reshape(-1) for bucket in buckets])
+
+
+def slot_sources(buckets: Sequence[Bucket]) -> NDArray[np.int64]:
+    """(slots,) token that every slot is filled from: padding repeats the first of its group, so no other sample's."""
+    firsts = [np.maximum(bucket.slots[:, :1], 0) for bucket in buckets]
+    filled = [np.where(bucket.slots >= 0, bucket.slots, first) for bucket, first in zip(buckets, firsts, strict=True)]
+    return np.concatenate([slots.reshape(-1) for slots in filled])

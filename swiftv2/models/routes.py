@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +19,11 @@ from torch import Tensor
 
 from swiftv2.config.model import ModelConfig
 from swiftv2.models.geometry import Grid, WindowSpec, block_specs, stage_grids
-from swiftv2.models.groups import Bucket, attention_groups, slot_tokens
+from swiftv2.models.groups import Bucket, attention_groups, slot_sources, slot_tokens
 from swiftv2.models.tokens import CHILDREN, TokenSet
+
+KERNEL_BATCH = 65_535
+"""Most groups that CUDA's attention kernels take at a time."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -153,7 +156,7 @@ class Work:
 
 
 @untraced
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def shared_route(
     config: ModelConfig,
     shape: tuple[int, ...],
@@ -212,6 +215,20 @@ def _patch_voxels(kept: NDArray[np.bool_], patch: Grid) -> NDArray[np.int64]:
     return np.asarray(np.ravel_multi_index((h, w, d), size), dtype=np.int64).reshape(-1)
 
 
+class Order(NamedTuple):
+    """Tokens by slot."""
+
+    tokens: NDArray[np.int64]
+    """(slots,), -1 for padding."""
+    sources: NDArray[np.int64]
+    """(slots,) token that a slot is filled from; padding has some, too."""
+
+
+class _Placed(NamedTuple):
+    order: Order
+    layout: Layout
+
+
 def _route(
     config: ModelConfig,
     tokens: TokenSet,
@@ -222,36 +239,37 @@ def _route(
 ) -> Route:
     """Stage by stage; `entrance` is the token of each row that comes in, -1 for none."""
     side_by_side = batch if tokens.sample is None else 1
-    order = entrance
+    order = Order(entrance, entrance)
     children: NDArray[np.int64] | None = None
     stages, slots, shapes = [], [], []
     enter: Move | None = None
     for stage, depth in enumerate(config.depths):
         specs = [block_specs(config, stage, block, tokens.grid) for block in range(depth)]
         layouts = {spec: _layout(config, stage, spec, tokens, device, dtype) for spec in dict.fromkeys(chain(*specs))}
-        first = layouts[specs[0][0]][0]
-        merge = None if children is None else _merge(order, children, first, side_by_side, device)
-        enter = enter or _move(order, first, device)
+        first = layouts[specs[0][0]].order
+        merge = None if children is None else _merge(order.tokens, children, first.tokens, side_by_side, device)
+        enter = enter or _move(order.tokens, first, device)
         moves: dict[tuple[WindowSpec, WindowSpec], Move | None] = {}
         blocks, former = [], specs[0][0]
         for block in specs:
             steps = []
             for spec in block:
                 if (former, spec) not in moves:
-                    same = np.array_equal(layouts[former][0], layouts[spec][0])
-                    moves[former, spec] = None if same else _move(layouts[former][0], layouts[spec][0], device)
-                steps.append(Step(moves[former, spec], layouts[spec][1]))
+                    before, after = layouts[former].order, layouts[spec].order
+                    same = np.array_equal(before.tokens, after.tokens)
+                    moves[former, spec] = None if same else _move(before.tokens, after, device)
+                steps.append(Step(moves[former, spec], layouts[spec].layout))
                 former = spec
             blocks.append(tuple(steps))
         stages.append(_stage_route(config, merge, tokens, first, side_by_side, tuple(blocks), device))
-        slots.append(tuple(len(layouts[spec][0]) for spec in chain(*specs)))
-        shapes += [(groups, length) for _, layout in layouts.values() for groups, length, _ in layout.buckets]
-        order = layouts[former][0]
+        slots.append(tuple(len(layouts[spec].order.tokens) for spec in chain(*specs)))
+        shapes += [(groups, length) for found in layouts.values() for groups, length, _ in found.layout.buckets]
+        order = layouts[former].order
         if stage + 1 < len(config.depths):
             tokens, children = tokens.merged()
     if enter is None:
         raise AssertionError("a model has at least one stage")
-    leave = _move(order, _places(tokens, batch), device, zero=True)
+    leave = _move(order.tokens, _grid_order(tokens, batch), device, zero=True)
     return Route(enter, tuple(stages), leave, side_by_side, tuple(slots), tuple(shapes))
 
 
@@ -259,7 +277,7 @@ def _stage_route(
     config: ModelConfig,
     merge: Move | None,
     tokens: TokenSet,
-    first: NDArray[np.int64],
+    first: Order,
     batch: int,
     blocks: tuple[tuple[Step, ...], ...],
     device: torch.device,
@@ -267,61 +285,70 @@ def _stage_route(
     positions = cells = None
     if config.absolute_position:
         if tokens.sample is None:
-            positions = _move(_places(tokens, 1), first, device)
+            positions = _move(_grid_order(tokens, 1).tokens, first, device)
         else:
-            cells = _on(np.where(first >= 0, tokens.cells[first], 0), device)
+            cells = _on(tokens.cells[first.sources], device)
     return StageRoute(merge, batch, positions, cells, blocks)
 
 
 def _layout(
     config: ModelConfig, stage: int, spec: WindowSpec, tokens: TokenSet, device: torch.device, dtype: torch.dtype
-) -> tuple[NDArray[np.int64], Layout]:
-    """Token of each slot, and the layout."""
+) -> _Placed:
+    """Where tokens stand for one attention, and its layout."""
     width = config.embed_dim * 2**stage
     found: list[Bucket] = attention_groups(tokens, spec, config.attention_buckets, width)
-    here = slot_tokens(found)
-    padded = np.flatnonzero(here < 0)
+    order = Order(slot_tokens(found), slot_sources(found))
+    padded = np.flatnonzero(order.tokens < 0)
     buckets = tuple(
-        (len(b.slots), b.length, None if b.bias is None else torch.from_numpy(b.bias).to(device, dtype)) for b in found
+        (len(b.slots), b.length, None if b.bias is None else _on(b.bias, device, dtype))
+        for b in chain(*(bucket.pieces(KERNEL_BATCH) for bucket in found))
     )
     rotary = None
     if config.variant == "decoupled":
         axes = (3,) if spec.window[:3] == (1, 1, 1) else (0, 1, 2)
-        places = np.stack([axis[np.maximum(here, 0)] for axis in tokens.coordinates], axis=1)[:, axes]
-        cosine, sine = rotary_tables(places, width // config.num_heads[stage], config.rope_theta)
-        rotary = (_on(cosine, device), _on(sine, device))
+        places = np.stack([axis[order.sources] for axis in tokens.coordinates], axis=1)[:, axes]
+        rotary = rotary_tables(_on(places, device), width // config.num_heads[stage], config.rope_theta)
     blank = _on(padded, device) if padded.size and not spec.mask_padding else None
-    sample = None if tokens.sample is None else _on(tokens.sample[np.maximum(here, 0)], device)
-    return here, Layout(buckets, blank, rotary, sample)
+    sample = None if tokens.sample is None else _on(tokens.sample[order.sources], device)
+    return _Placed(order, Layout(buckets, blank, rotary, sample))
 
 
-def rotary_tables(places: NDArray[np.int64], head_dim: int, theta: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Cosines and sines (slots, 1, head_dim / 2) of places (slots, axes) in tokens.
+def rotary_tables(places: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (slots, 1, head_dim / 2), float32, of places (slots, axes) in tokens, int64.
 
     Attention sees differences of places alone. A window in time rotates all channel pairs; a window in space gives each
     of its three axes `head_dim // 6` pairs and leaves the last `head_dim % 6` channels unrotated.
     """
-    axes = places.shape[1]
+    slots, axes = places.shape
     pairs = head_dim // (2 * axes)
-    frequencies = theta ** -(np.arange(pairs) / pairs)
-    angles = np.zeros((len(places), 1, head_dim // 2))
-    angles[:, 0, : pairs * axes] = (places[:, :, None] * frequencies).reshape(len(places), -1)
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    with torch.inference_mode(mode=False):
+        # One small table of each place, in double precision, then a gather where the slots are.
+        step = torch.arange(int(places.max()) + 1 if slots else 1, dtype=torch.float64)
+        angles = step[:, None] * theta ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
+        still = torch.zeros(slots, 1, head_dim // 2 - pairs * axes, device=places.device)
+        tables = []
+        for table, rest in ((angles.cos(), still + 1), (angles.sin(), still)):
+            turned = table.to(places.device, torch.float32)[places].view(slots, 1, pairs * axes)
+            tables.append(torch.cat((turned, rest), dim=-1))
+    return tables[0], tables[1]
 
 
-def _places(tokens: TokenSet, batch: int) -> NDArray[np.int64]:
-    """Token of each row of the whole grid, -1 where the cell is not computed: (cells,), or (cells * batch,)."""
+def _grid_order(tokens: TokenSet, batch: int) -> Order:
+    """Tokens by rows of the whole grid, -1 where a cell is not computed: (cells,), or (cells * batch,)."""
     cells = math.prod(tokens.grid)
     found = np.full(cells if tokens.sample is None else cells * batch, -1, dtype=np.int64)
     found[tokens.rows(batch)] = np.arange(len(tokens))
-    return found
+    return Order(found, np.maximum(found, 0))
 
 
-def _move(before: NDArray[np.int64], after: NDArray[np.int64], device: torch.device, *, zero: bool = False) -> Move:
-    """From the tokens of rows to the tokens of new rows; padding (-1) repeats a row, or is 0 where `zero` says so."""
-    missing = np.flatnonzero(after < 0) if zero else None
+def _move(before: NDArray[np.int64], after: Order, device: torch.device, *, zero: bool = False) -> Move:
+    """From the tokens of rows to new rows; padding repeats what the order says, or is 0 where `zero` says so."""
+    missing = np.flatnonzero(after.tokens < 0) if zero else None
     return Move(
-        _on(_found(before, after), device), _on(_found(after, before), device), _some(missing, device), _idle(before, device)
+        _on(_found(before, after.sources), device),
+        _on(_found(after.tokens, before), device),
+        _some(missing, device),
+        _some(np.flatnonzero(before < 0), device),
     )
 
 
@@ -350,15 +377,11 @@ def _found(rows: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int
     return np.where(wanted >= 0, where[wanted], 0)
 
 
-def _idle(rows: NDArray[np.int64], device: torch.device) -> Tensor | None:
-    return _some(np.flatnonzero(rows < 0), device)
-
-
 def _some(rows: NDArray[np.int64] | None, device: torch.device) -> Tensor | None:
     return None if rows is None or not rows.size else _on(rows, device)
 
 
-def _on(values: NDArray[Any], device: torch.device) -> Tensor:
+def _on(values: NDArray[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     # Tensors made under inference_mode could never be used in training afterwards.
     with torch.inference_mode(mode=False):
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device, dtype)

@@ -4,7 +4,7 @@ SwiFT: Kim et al., "SwiFT: Swin 4D fMRI Transformer", NeurIPS 2023 (arXiv 2307.0
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Self
 
@@ -77,7 +77,7 @@ class PositionTables(nn.Module):
             return x + route.positions(rows)[:, None]
         if route.cells is not None:
             return x + functional.embedding(route.cells, rows)[:, None]
-        raise SwiftError("this route was made for a model without position tables")
+        raise AssertionError("a route for a model without position tables")
 
 
 _ATTENTION = [
@@ -97,24 +97,24 @@ KEPT: dict[str, list[Any]] = {
 class Stage(nn.Module):
     """The blocks of one resolution and the merging that ends it."""
 
-    def __init__(self, config: ModelConfig, stage: int, drop_path: Sequence[float]) -> None:
+    def __init__(self, config: ModelConfig, stage: int) -> None:
         super().__init__()
         kind = DecoupledBlock if config.variant == "decoupled" else Block
-        self.blocks = nn.ModuleList([kind(config, stage, probability) for probability in drop_path])
+        self.blocks = nn.ModuleList([kind(config, stage) for _ in range(config.depths[stage])])
         self.downsample = PatchMerging(config.embed_dim * 2**stage) if stage + 1 < len(config.depths) else None
         self.recompute = stage in config.checkpoint_stages
         self.keep = KEPT[config.checkpoint_keep]
 
-    def forward(self, x: Tensor, route: StageRoute, uniforms: Tensor | None, children: Move | None) -> Tensor:
+    def forward(self, x: Tensor, route: StageRoute, factors: Tensor | None, children: Move | None) -> Tensor:
         """(slots, batch, C) -> the next stage's slots, or those of the last attention after the last stage.
 
         Args:
             x: tokens in the order of the first attention.
             route: attentions of each block.
-            uniforms: (samples, blocks * branches) draws for drop path, or None.
+            factors: (samples, blocks * branches) of the residual branches, by drop path, or None.
             children: brings tokens to their parents in the next stage; None after the last.
         """
-        draws = [None] * len(self.blocks) if uniforms is None else uniforms.chunk(len(self.blocks), dim=1)
+        draws = [None] * len(self.blocks) if factors is None else factors.chunk(len(self.blocks), dim=1)
         for block, steps, draw in zip(self.blocks, route.blocks, draws, strict=True):
             apply = self._recomputed if self.recompute and torch.is_grad_enabled() else _applied
             x = apply(block, x, steps, draw)
@@ -142,22 +142,16 @@ class Swin4D(nn.Module):
     Args:
         config: architecture; the decoder's part of it is ignored here.
         seed: where the first values of the parameters come from, and they alone; None leaves them to a model around it.
-
-    Raises:
-        SwiftError: the configuration asks for what SwiFT v1 cannot do.
     """
 
     def __init__(self, config: ModelConfig, seed: int | None = 0) -> None:
         super().__init__()
         self.config = config
         grids = stage_grids(config)
-        depth = sum(config.depths)
-        rates = [config.drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.patch_embed = PatchEmbed(config)
         tables, stages = [], []
-        for stage, blocks in enumerate(config.depths):
-            first = sum(config.depths[:stage])
-            stages.append(Stage(config, stage, rates[first : first + blocks]))
+        for stage in range(len(config.depths)):
+            stages.append(Stage(config, stage))
             if config.absolute_position:
                 with_time = config.variant != "decoupled"
                 tables.append(PositionTables(config.embed_dim * 2**stage, grids[stage], with_time))
@@ -213,6 +207,8 @@ class Swin4D(nn.Module):
         self._check(volume)
         route = self.route(volume, brain)
         x = self._embed(volume, route)
+        if (hidden is None) != (token is None):
+            raise SwiftError("hidden patches need a token that replaces them, and a token needs hidden patches: give both")
         if hidden is not None and token is not None:
             cells = hidden.permute(1, 2, 3, 4, 0).reshape(-1, len(volume))
             cells = cells if route.cells is None else cells[route.cells]
@@ -241,6 +237,11 @@ class Swin4D(nn.Module):
         self._check(volume)
         if self.config.variant == "swift_v1":
             raise SwiftError("variant=swift_v1 attends to every token: encoding visible ones alone needs another variant")
+        grid = token_grid(self.config, volume.shape[2:])
+        if tuple(visible.shape) != (len(volume), *grid):
+            raise SwiftError(
+                f"visible tokens of shape {tuple(visible.shape)} do not fit: these clips have {(len(volume), *grid)}"
+            )
         kept = self.tokens(volume, brain) & visible.cpu()
         empty = (~kept.flatten(1).any(1)).sum()
         if empty:
@@ -257,7 +258,7 @@ class Swin4D(nn.Module):
         return out
 
     def _encode(self, x: Tensor, route: Route, volume: Tensor, drop_path: Tensor | None) -> Tensor:
-        uniforms = self._uniforms(volume, drop_path)
+        factors = self._factors(volume, drop_path)
         if self.training:
             self.work.note(route)
         x = route.enter(x.view(-1, route.batch, x.shape[-1]))
@@ -266,7 +267,7 @@ class Swin4D(nn.Module):
         for index, (layer, stage, merge) in enumerate(zip(self.layers, route.stages, [*merges, None], strict=True)):
             if self.config.absolute_position:
                 x = self.pos_embeds[index](x, stage, times)
-            x = layer(x, stage, uniforms[index], merge)
+            x = layer(x, stage, factors[index], merge)
         if self.config.variant != "swift_v1":
             x = self.norm(x)
         grid = stage_grids(self.config, volume.shape[2:])[-1]
@@ -345,7 +346,7 @@ class Swin4D(nn.Module):
                 f"{self.config.frames}: shorten the clips or set model.frames"
             )
 
-    def _uniforms(self, volume: Tensor, drop_path: Tensor | None) -> list[Tensor | None]:
+    def _factors(self, volume: Tensor, drop_path: Tensor | None) -> list[Tensor | None]:
         stages = len(self.config.depths)
         if not self.training or self.config.drop_path == 0.0:
             return [None] * stages
@@ -353,8 +354,12 @@ class Swin4D(nn.Module):
         if drop_path is None or tuple(drop_path.shape) != expected:
             given = "none" if drop_path is None else str(tuple(drop_path.shape))
             raise SwiftError(f"training with model.drop_path > 0 needs uniform draws of shape {expected}, got {given}")
-        branches = self.branches // sum(self.config.depths)
-        return list(torch.split(drop_path, [branches * depth for depth in self.config.depths], dim=1))
+        blocks, dtype = sum(self.config.depths), self.patch_embed.fc.weight.dtype
+        branches = self.branches // blocks
+        dropped = torch.linspace(0.0, self.config.drop_path, blocks, device=drop_path.device).repeat_interleave(branches)
+        # Kept branches are scaled to keep the mean.
+        factors = ((drop_path >= dropped) / (1.0 - dropped)).to(dtype)
+        return list(torch.split(factors, [branches * depth for depth in self.config.depths], dim=1))
 
     @classmethod
     def from_swift_v1(cls, state_dict: Mapping[str, Tensor | np.ndarray[Any, Any]], **config: Any) -> Self:

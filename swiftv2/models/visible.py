@@ -60,7 +60,7 @@ class PlacingDecoder(nn.Module):
         if config.absolute_position:
             self.positions = PositionTables(own, stage_grids(self.config)[0], config.variant != "decoupled")
         kind = DecoupledBlock if config.variant == "decoupled" else Block
-        self.blocks = nn.ModuleList([kind(self.config, 0, 0.0) for _ in range(self.config.depths[0])])
+        self.blocks = nn.ModuleList([kind(self.config, 0) for _ in range(self.config.depths[0])])
         self.norm = nn.LayerNorm(own)
         self.voxels = nn.Linear(own, math.prod(config.patch_size) * config.in_channels)
 

@@ -14,6 +14,13 @@ from swiftv2.data.samples.normalise import gather, normalise, scatter
 from swiftv2.models.visible import make_masked
 
 
+def template_mask(voxels: Tensor, grid_shape: Shape3) -> Tensor:
+    """(H, W, D) bool of a store's kept voxels, (V,) int64."""
+    mask = torch.zeros(math.prod(grid_shape), dtype=torch.bool)
+    mask[voxels] = True
+    return mask.view(grid_shape)
+
+
 class Objective(nn.Module):
     """Normalises a batch, makes dense volumes on the device and reconstructs what is hidden.
 
@@ -30,9 +37,7 @@ class Objective(nn.Module):
         self.simmim = make_masked(config.objective, config.model, config.mask, config.loss, config.run.seed)
         if config.model.packing == "template":
             # What the store keeps is the template mask of its grid: one for all subjects.
-            template = torch.zeros(math.prod(grid_shape), dtype=torch.bool)
-            template[voxels.cpu()] = True
-            self.simmim.encoder.use_template(template.view(grid_shape))
+            self.simmim.encoder.use_template(template_mask(voxels.cpu(), grid_shape))
         if config.model.variant == "swift_v1":
             # v1 keeps this norm and never applies it; under ZeRO a parameter without a gradient would decay.
             self.simmim.encoder.norm.requires_grad_(requires_grad=False)

@@ -23,10 +23,11 @@ from swiftv2.engine.stream import Exclusion
 from swiftv2.errors import SwiftError
 from swiftv2.models import decay_names
 from swiftv2.models.blocks import compile_blocks
+from swiftv2.models.geometry import patches_with_brain
 from swiftv2.recipes.data import Data, open_data
 from swiftv2.recipes.evaluate import HeldOut
 from swiftv2.recipes.export import input_contract, write_contract
-from swiftv2.recipes.objective import Objective
+from swiftv2.recipes.objective import Objective, template_mask
 from swiftv2.recipes.pictures import save_reconstruction
 from swiftv2.recipes.stream import DeviceStream
 from swiftv2.report.figures import draw_run
@@ -61,6 +62,8 @@ def pretrain(config: PretrainConfig) -> FitResult:
                 objective.simmim.load_state_dict(start_from)
                 run.event("initialised", 0, source=str(config.run.init_from))
             run.event("data", **data.facts())
+            if config.model.packing == "template":
+                run.event("packing", places_kept=float(objective.simmim.encoder.template.float().mean()))
             on_first(lambda: write_contract(run.path, config, data), world)
             if config.engine.compile:
                 compile_blocks(objective, varying=config.model.packing == "subject" or config.objective == "visible_only")
@@ -158,7 +161,24 @@ def _load_start(config: PretrainConfig, data: Data) -> dict[str, Tensor]:
         if mine[name] != theirs[name]:
             raise SwiftError(f"run.init_from={source}: made with model.{name}={theirs[name]}, not {mine[name]}")
     weights.check_contract(card, input_contract(config, data))
+    if config.model.packing == "template":
+        _check_template(tensors["encoder.template"], config, data, source)
     return tensors
+
+
+def _check_template(template: Tensor, config: PretrainConfig, data: Data, source: Path) -> None:
+    """Make sure that weights leave out what the store's template mask leaves out.
+
+    Raises:
+        SwiftError: they were made with another mask.
+    """
+    kept = template_mask(torch.as_tensor(data.store.voxels).long(), data.store.grid.shape)
+    mine = patches_with_brain(kept[None], config.model.patch_size)[0]
+    if not torch.equal(mine, template):
+        raise SwiftError(
+            f"run.init_from={source}: its template mask keeps {int(template.sum())} places, that of the store "
+            f"{int(mine.sum())}: weights and store are of different grids"
+        )
 
 
 def _finish(config: PretrainConfig, data: Data, objective: Objective, world: World, run: RunDirectory) -> None:

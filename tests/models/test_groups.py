@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swiftv2.models.geometry import Grid, WindowSpec
-from swiftv2.models.groups import REGION_PENALTY, attention_groups, bucket_lengths, slot_tokens
+from swiftv2.models.groups import REGION_PENALTY, attention_groups, bucket_lengths, slot_sources, slot_tokens
 from swiftv2.models.tokens import TokenSet
 
 grids = st.tuples(*[st.integers(1, 7)] * 4)
@@ -53,7 +53,7 @@ def test_groups_are_the_regions_of_the_windows(
     assert sorted(t for t in slot_tokens(buckets) if t >= 0) == list(range(len(tokens)))
     for bucket in buckets:
         padded = (bucket.slots < 0) & (bucket.slots >= 0).any(1, keepdims=True)
-        assert (bucket.bias is None) == (not padded.any())
+        assert (bucket.bias is None) == (not padded.any() and batch is None)
         if bucket.bias is not None:
             assert np.array_equal(np.isneginf(bucket.bias[:, 0, 0]), padded)
             assert np.isfinite(bucket.bias).any(-1).all(), "a query without any key is not a number"
@@ -139,17 +139,44 @@ def test_overhanging_windows_are_not_computed() -> None:
     assert all(bucket.bias is None for bucket in buckets)
 
 
-def test_masks_of_their_own_come_in_few_shapes() -> None:
-    """Subjects' masks differ in every batch; the shapes that kernels see hardly do."""
+def test_masks_of_their_own_come_in_fewer_shapes() -> None:
+    """Subjects' masks differ in every batch; groups are filled up so that kernels see fewer shapes than masks have."""
     rng = np.random.default_rng(0)
-    centre = np.stack(np.meshgrid(*[np.arange(8) - 3.5] * 3, indexing="ij")) ** 2
-    spec = WindowSpec.fit((8, 8, 8, 4), (4,) * 4, True, True)
-    lengths, shapes = set(), set()
-    for _ in range(40):
-        kept = centre.sum(0) + rng.normal(0, 1, (8, 8, 8)) < 14
-        tokens = TokenSet.per_sample(np.broadcast_to(kept[None, ..., None], (1, 8, 8, 8, 4)))
+    places = np.stack(np.meshgrid(*[np.arange(16) - 7.5] * 3, indexing="ij"), axis=-1)
+    spec = WindowSpec.fit((16, 16, 16, 4), (4,) * 4, False, True)
+    lengths, exact, shapes = set(), set(), set()
+    for _ in range(60):
+        kept = ((places - rng.uniform(-1, 1, 3)) ** 2).sum(-1) < rng.uniform(40, 50)
+        tokens = TokenSet.per_sample(np.broadcast_to(kept[None, ..., None], (1, 16, 16, 16, 4)))
         buckets = attention_groups(tokens, spec, 8, 36)
+        assert all(bucket.bias is not None for bucket in buckets), "a mask that comes and goes is compiled for anew"
         lengths |= {bucket.length for bucket in buckets}
+        exact.add(tuple(int((bucket.slots >= 0).any(1).sum()) for bucket in buckets))
         shapes.add(tuple(bucket.slots.shape for bucket in buckets))
     assert lengths <= {32 * n for n in range(1, 9)}
-    assert len(shapes) < 40
+    assert len(shapes) < len(exact)
+
+
+def test_padding_repeats_its_own_group() -> None:
+    """A NaN of one sample must not reach another one through padded slots."""
+    tokens = tokens_of((4, 3, 2, 3), 1, 0.5, 3)
+    buckets = attention_groups(tokens, WindowSpec.fit((4, 3, 2, 3), (2, 2, 2, 2), True, True), 2, 12)
+    assert tokens.sample is not None
+    sources, filled = slot_sources(buckets), slot_tokens(buckets)
+    assert np.array_equal(sources[filled >= 0], filled[filled >= 0])
+    place = 0
+    for bucket in buckets:
+        for row in bucket.slots:
+            group = sources[place : place + len(row)]
+            place += len(row)
+            if (row >= 0).any():
+                assert len(set(tokens.sample[group])) == 1
+
+
+def test_pieces_hold_the_same_groups() -> None:
+    (bucket,) = attention_groups(TokenSet.dense((4, 4, 2, 3)), WindowSpec.fit((4, 4, 2, 3), (1, 1, 1, 2), False, True), 1, 12)
+    pieces = bucket.pieces(10)
+    assert [len(piece.slots) for piece in pieces] == [10] * 6 + [4]
+    assert np.array_equal(np.concatenate([piece.slots for piece in pieces]), bucket.slots)
+    assert bucket.bias is not None
+    assert np.array_equal(np.concatenate([piece.bias for piece in pieces if piece.bias is not None]), bucket.bias)
