@@ -38,8 +38,8 @@ def test_all_cases_see_the_same_and_cost_what_they_compute() -> None:
 
 
 def test_larger_mask_cells_leave_deeper_stages_fewer_tokens() -> None:
-    stages = [Setup.make(case, "51M").flops()["stage_3"] for case in ("visible", *COARSE)]
-    assert stages[0] > stages[1] > stages[2]
+    small, large = (Setup.make(case, "demo").flops()["stage_2"] for case in ("visible", "visible, cells of 12"))
+    assert small > 1.5 * large
     assert set(COARSE) < set(SIZES["51M"][1])
 
 
