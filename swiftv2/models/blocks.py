@@ -2,26 +2,12 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from swiftv2.config.model import ModelConfig
 from swiftv2.models.attention import GroupAttention
+from swiftv2.models.mlp import MLP
 from swiftv2.models.routes import Layout, Move, Step
 from swiftv2.models.tokens import CHILDREN
-
-
-class MLP(nn.Module):
-    """Two linear layers with a GELU between them."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.linear1 = nn.Linear(width, hidden)
-        self.linear2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
-        out: Tensor = self.linear2(functional.gelu(self.linear1(x)))
-        return out
 
 
 class LayerScale(nn.Module):

@@ -70,9 +70,11 @@ class PositionTables(nn.Module):
     def forward(self, x: Tensor, route: StageRoute, times: int) -> Tensor:
         """(slots, batch, C) plus the tables at the slots' cells, the time table cut to the clip's length in tokens."""
         width = x.shape[-1]
-        table = self.pos_embed.view(width, -1, 1)
-        table = table + self.time_embed[..., :times].reshape(width, 1, times) if self.with_time else table.expand(-1, -1, times)
-        rows = table.permute(1, 2, 0).reshape(-1, width)
+        # Channels last before the sum: its backward pass then adds whole rows.
+        table = self.pos_embed.view(width, -1).t().contiguous()[:, None]
+        if self.with_time:
+            table = table + self.time_embed.view(width, -1)[:, :times].t().contiguous()
+        rows = table.expand(-1, times, -1).reshape(-1, width)
         if route.positions is not None:
             return x + route.positions(rows)[:, None]
         if route.cells is not None:
