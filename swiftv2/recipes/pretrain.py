@@ -157,7 +157,9 @@ def _load_start(config: PretrainConfig, data: Data) -> dict[str, Tensor]:
             f"run.init_from={source}: weights of kind {card.kind}, where objective={config.objective} wants its own"
         )
     mine, theirs = config.model.model_dump(), card.model.model_dump()
-    for name in sorted(mine.keys() - FREE_TO_DIFFER):
+    # Decoupled models know differences of time alone: longer clips change no weight.
+    free = FREE_TO_DIFFER | ({"frames"} if config.model.variant == "decoupled" else set())
+    for name in sorted(mine.keys() - free):
         if mine[name] != theirs[name]:
             raise SwiftError(f"run.init_from={source}: made with model.{name}={theirs[name]}, not {mine[name]}")
     weights.check_contract(card, input_contract(config, data))
