@@ -154,7 +154,7 @@ def clip_loss(reconstruction: Tensor, target: Tensor, counted: Tensor, loss: Los
     """
     distance = _distance(reconstruction.float(), target.float(), loss)
     total = torch.where(counted[:, None], distance, 0.0).flatten(1).sum(dim=1)
-    positions = counted.flatten(1).sum(dim=1) * target.shape[1]
+    positions = counted.flatten(1).count_nonzero(dim=1) * target.shape[1]
     return total / positions.clamp(min=1)
 
 

@@ -129,7 +129,7 @@ def test_checkpointing_changes_no_gradient(variant: str) -> None:
 def test_checkpointing_computes_again_only_what_it_does_not_keep(keep: str, attentions: int, products: int) -> None:
     """Four blocks of one attention and six linear layers each: queries, keys, values, projection and the MLP's two."""
 
-    class Computed(TorchDispatchMode):
+    class Computed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Operators that nothing kept answers for."""
 
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -137,7 +137,7 @@ def test_checkpointing_computes_again_only_what_it_does_not_keep(keep: str, atte
             return function(*args, **(kwargs or {}))
 
         def __init__(self) -> None:
-            super().__init__()
+            super().__init__()  # type: ignore[no-untyped-call]
             self.names: list[str] = []
 
     def seen(model: Swin4D) -> tuple[int, int]:
