@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from published import PublishedSwin4D
 from torch.utils.flop_counter import FlopCounterMode
 
 from swiftv2.config.load import load_model
-from swiftv2.config.model import LossConfig, MaskConfig, ModelConfig
-from swiftv2.models import SimMIM, Swin4D
+from swiftv2.models import Swin4D
 from swiftv2.plan import plan_model
 
 ENCODERS = {
@@ -54,48 +54,16 @@ def test_flops_agree_with_the_published_digits(name: str, printed: str) -> None:
     assert f"{flops['encoder'] / 1e12:.{digits}f}" == printed
 
 
-def counted(config: ModelConfig) -> dict[str, int]:
-    """What PyTorch counts on the meta device, where attention is written out as two products."""
-    frames = config.frames
-    with torch.device("meta"):
-        model = SimMIM(config, MaskConfig(patch_size=config.patch_size), LossConfig())
-        volume = torch.zeros(1, 1, *config.image_size, frames)
-        brain = torch.ones(1, *config.image_size, dtype=torch.bool)
-        sizes = [-(-n // p) for n, p in zip((*config.image_size, frames), config.patch_size, strict=True)]
-        mask = torch.zeros(1, *sizes, dtype=torch.bool)
-    with FlopCounterMode(display=False) as counter:
-        model(volume, mask, brain)
-    modules = counter.get_flop_counts()
-    parts = {"patch_embed": "encoder.patch_embed", "decoder": "decoder", "encoder": "encoder"}
-    parts |= {f"stage_{i + 1}": f"encoder.layers.{i}" for i in range(len(config.depths))}
-    found = {part: sum(modules[f"SimMIM.{path}"].values()) for part, path in parts.items()}
-    return found | {"total": counter.get_total_flops()}
-
-
-@pytest.mark.parametrize("name", ["5M", "51M", "837M_new", "demo"])
-def test_flops_are_those_of_pytorchs_counter(name: str) -> None:
+@pytest.mark.parametrize("name", ["5M", "51M"])
+def test_the_published_count_is_that_of_the_published_formulation(name: str) -> None:
+    """By PyTorch's own counter; what this package computes is less, and is counted by `computed_flops`."""
     config = load_model(name)
-    assert counted(config) == pytest.approx(plan_model(config).forward_flops_per_clip, rel=0.01)
-
-
-@pytest.mark.parametrize("kind", ["linear", "mlp", "factorized"])
-@pytest.mark.parametrize("variant", ["unified", "decoupled"])
-def test_flops_of_odd_shapes(kind: str, variant: str) -> None:
-    tree = {
-        "name": "odd",
-        "variant": variant,
-        "image_size": (17, 21, 3),
-        "frames": 7,
-        "embed_dim": 12,
-        "depths": (2, 1, 2),
-        "num_heads": (2, 2, 2),
-        "patch_size": (2, 3, 1, 2),
-        "window_size": (3, 3, 3, 2),
-        "first_window_size": (2, 4, 2, 3),
-        "decoder": {"kind": kind, "hidden_ratio": 0.7},
-    }
-    config = ModelConfig.model_validate(tree)
-    assert counted(config) == pytest.approx(plan_model(config).forward_flops_per_clip, rel=1e-9)
+    with torch.device("meta"):
+        model = PublishedSwin4D(config)
+        volume = torch.zeros(1, 1, *config.image_size, config.frames)
+    with FlopCounterMode(display=False) as counter:
+        model(volume)
+    assert counter.get_total_flops() == pytest.approx(plan_model(config).forward_flops_per_clip["encoder"], rel=0.01)
 
 
 def test_the_plan_as_json() -> None:
