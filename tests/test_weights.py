@@ -204,7 +204,11 @@ def test_input_that_the_weights_were_not_made_for_is_refused(change: dict[str, A
 
 def test_decoupled_models_take_longer_clips_than_they_were_trained_on() -> None:
     model = CONFIG.model_dump(mode="json") | {"variant": "decoupled", "embed_dim": 24}
-    weights.check_contract(Card.model_validate(card(model=model)), INPUT | {"frames": 40})
+    made_for, longer = Card.model_validate(card(model=model)), INPUT | {"frames": 40}
+    weights.check_contract(made_for, longer)
+    with pytest.raises(SwiftError, match="tr_seconds") as error:
+        weights.check_contract(made_for, longer | {"tr_seconds": 2.0})
+    assert "frames" not in str(error.value)
 
 
 V1 = ModelConfig.model_validate(CONFIG.model_dump() | {"variant": "swift_v1", "patch_size": (2, 2, 2, 1)})

@@ -6,7 +6,7 @@ import os
 import secrets
 import socket
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,11 @@ STALE_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease; `started` (boot id and start time in clock ticks) guards against a process id used again."""
+    """Who holds a lease; `started` (boot id and start time in clock ticks) guards against a process id used again.
+
+    The heartbeat is the file's modification time, which a holder moves without writing: a late beat cannot overwrite a
+    successor's lease.
+    """
 
     host: str
     pid: int
@@ -30,12 +34,12 @@ class Holder:
     restart: int
     attempt: int
     token: str
-    heartbeat: str
+    since: str
     released: bool = False
 
     def __str__(self) -> str:
         job = f", Slurm job {self.job}" if self.job else ""
-        return f"process {self.pid} on {self.host}{job} (attempt {self.attempt}, last heartbeat {self.heartbeat})"
+        return f"process {self.pid} on {self.host}{job} (attempt {self.attempt}, since {self.since})"
 
 
 class Lease:
@@ -75,7 +79,10 @@ class Lease:
             if former is not None:
                 age = temporary.stat().st_mtime - path.stat().st_mtime
                 if _alive(former, mine, age, stale_seconds):
-                    raise SwiftError(f"{run_dir} is being written by {former}: stop that one first, or wait until it has ended")
+                    raise SwiftError(
+                        f"{run_dir} is being written by {former}, last heartbeat {max(age, 0):.0f} s ago: stop that one "
+                        "first, or wait until it has ended"
+                    )
                 _retire(path, former)
             # A hard link fails where another newcomer was faster; a rename would overwrite it.
             with contextlib.suppress(FileExistsError):
@@ -96,8 +103,10 @@ class Lease:
         """Give the lease back; its file stays and says so."""
         self._done.set()
         self._thread.join()
-        if self._lost is None:
-            self._renew(released=True)
+        if self._still_mine():
+            temporary = self.path.with_name(f".lease.{self.holder.token}")
+            _write(temporary, replace(self.holder, released=True))
+            temporary.replace(self.path)
 
     def __enter__(self) -> Self:
         return self
@@ -107,17 +116,16 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._done.wait(self._interval) and self._lost is None:
-            with contextlib.suppress(OSError):  # a file system that is away for a while: the next beat tries again
-                self._renew()
+            # A file system that is away for a while, or a file that is being written: the next beat tries again.
+            with contextlib.suppress(OSError, SwiftError):
+                if self._still_mine():
+                    os.utime(self.path)
 
-    def _renew(self, *, released: bool = False) -> None:
+    def _still_mine(self) -> bool:
         current = _read(self.path)
         if current is None or current.token != self.holder.token:
             self._lost = str(current) if current else "somebody who removed lease.json"
-            return
-        temporary = self.path.with_name(f".lease.{self.holder.token}")
-        _write(temporary, Holder(**{**asdict(self.holder), "heartbeat": _now(), "released": released}))
-        temporary.replace(self.path)
+        return self._lost is None
 
 
 def last_attempt(run_dir: Path) -> int:

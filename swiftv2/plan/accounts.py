@@ -4,6 +4,7 @@ These accounts follow the allocations of DeepSpeed 0.19's `DeepSpeedZeroOptimize
 `FP16_UnfusedOptimizer` and of the engine's plain backend, in their order; nothing here is a rule of thumb.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -68,7 +69,7 @@ class Layout:
         return sum(self.sizes)
 
 
-class Account:
+class Account(ABC):
     """Charges a ledger for weights, gradients and the optimizer; one subclass for each way in which a step is computed.
 
     Args:
@@ -87,21 +88,21 @@ class Account:
         self.summed = BYTES[engine.gradient_accumulation_dtype]
         self.sent = BYTES[engine.communication_dtype]
 
+    @abstractmethod
     def begin(self) -> None:
         """Charge what is there before the first pass, and throughout."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gradient(self, index: int) -> None:
         """The gradient of a parameter is complete in this backward pass."""
-        raise NotImplementedError
 
+    @abstractmethod
     def passed(self, *, last: bool) -> None:
         """A backward pass is over, the last of its step or not."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self) -> None:
         """The optimizer's step; afterwards no gradient is left."""
-        raise NotImplementedError
 
     def adam(self, elements: int) -> None:
         """What AdamW holds beside its state while it moves a tensor: two fp32 copies on a CPU, nothing in a fused kernel."""

@@ -11,6 +11,7 @@ from swiftv2.data import keyed
 from swiftv2.data.samples.batch import Batch
 from swiftv2.data.samples.masks import Shape3, expand_mask
 from swiftv2.data.samples.normalise import gather, normalise, scatter
+from swiftv2.models.simmim import SimMIMOutput
 from swiftv2.models.visible import make_masked
 
 
@@ -46,7 +47,8 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Mean over the clips of a micro-batch of their losses: a float32 scalar."""
-        return self.clip_losses(batch)[0].mean()
+        output, _ = self._run(batch)
+        return output.clip_loss.mean()
 
     def clip_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """What the model makes of a batch.
@@ -54,11 +56,16 @@ class Objective(nn.Module):
         Returns:
             Loss of each clip (B,) float32; the normalised signal and its reconstruction, both (B, T, V) float32.
         """
+        output, signal = self._run(batch)
+        return output.clip_loss, signal, gather(output.reconstruction, self.voxels)
+
+    def _run(self, batch: Batch) -> tuple[SimMIMOutput, Tensor]:
+        """What the model gives, and the normalised signal (B, T, V)."""
         signal, fill = normalise(batch, self.config.data.normalisation)
         volume = scatter(signal, self.voxels, self.grid_shape, fill)
         brain = scatter(batch.brain[:, None], self.voxels, self.grid_shape)[:, 0, ..., 0]
-        output = self.simmim(volume, batch.mask, brain, self._drop_path(batch))
-        return output.clip_loss, signal, gather(output.reconstruction, self.voxels)
+        output: SimMIMOutput = self.simmim(volume, batch.mask, brain, self._drop_path(batch))
+        return output, signal
 
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden voxels of a batch, (B, T, V) bool."""

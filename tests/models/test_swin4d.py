@@ -161,6 +161,7 @@ def test_inference_first_and_training_afterwards() -> None:
         with torch.inference_mode():
             model(clip(1, 5))
         model(clip(1, 5)).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
 
 
 def test_a_token_without_hidden_patches_is_refused() -> None:
