@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from swiftv2.config.base import Config
 
@@ -142,6 +142,10 @@ class DataConfig(Config):
     """Clips that fail their checksum, are not finite or do not change: end the run, or are left out by all ranks together."""
     quarantine_limit: float = Field(default=0.01, ge=0.0, le=1.0)
     """Largest share of the training clips that may be left out so before the run ends."""
+    exclude: Path | None = None
+    """Clips left out from the beginning: an `exclusions.json` that another run on the same store has written."""
+    patience_seconds: NonNegativeFloat = 600.0
+    """Seconds that a rank waits for a store that cannot be reached before it ends with an error."""
     normalisation: NormalisationConfig = NormalisationConfig()
     """Scaling of the BOLD signal."""
     split: SplitConfig = SplitConfig()

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from swiftv2.config.base import Config
 from swiftv2.errors import UsageError
@@ -39,8 +39,6 @@ class EngineConfig(Config):
     compile: bool = False
     """Whether torch.compile compiles the model's blocks. It pays on GPUs with many small kernels, not on CPUs; the first
     step then takes minutes."""
-    check_grad_overflow: bool = True
-    """Whether a non-finite gradient skips the step instead of entering Adam's state."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -85,11 +83,40 @@ class TrainConfig(Config):
     log_every: PositiveInt = 1
     """Steps between lines of metrics."""
     save_every: PositiveInt = 500
-    """Steps between checkpoints."""
+    """Steps between permanent checkpoints."""
     keep_last: PositiveInt = 2
-    """Checkpoints kept beside the best; older ones are deleted."""
+    """Permanent checkpoints kept beside the best; older ones are deleted."""
+    keep_every: PositiveInt | None = None
+    """Permanent checkpoints of steps that this divides are kept for ever; none when unset."""
+    save_minutes: NonNegativeFloat = 2.0
+    """Minutes between ephemeral checkpoints, written while training goes on, of which the newest two are kept; 0: none."""
+    deepspeed_files: bool = True
+    """Whether permanent checkpoints hold DeepSpeed's own files too, for other tools; resuming does not need them."""
+    time_limit_minutes: PositiveFloat | None = None
+    """Wall-clock minutes after which the run stops with its state saved; Slurm's own end time is heeded besides."""
+    skip_steps: tuple[PositiveInt, ...] = ()
+    """Steps whose samples are passed over without an update, as if their gradient had been refused."""
     evaluate_every: PositiveInt = 500
     """Steps between evaluations on held-out subjects."""
+
+
+class FaultsConfig(Config):
+    """When a step is refused, a run rewound, a rank taken for hung."""
+
+    spike_window: int = Field(default=128, ge=2)
+    """Accepted steps by whose mean and standard deviation a step's loss and gradient norm are judged, once there are so many."""
+    spike_sigma: PositiveFloat = 6.0
+    """Standard deviations above the mean from which a loss or a gradient norm is refused; one that is not finite always is."""
+    rewind_after: PositiveInt = 3
+    """Refused steps in a row after which the run goes back to the checkpoint before them and leaves their samples out."""
+    most_rewinds: NonNegativeInt = 3
+    """Rewinds of a run; where another one would be due, it ends with a diagnosis."""
+    failed_saves: PositiveInt = 3
+    """Ephemeral checkpoints in a row that may fail (a full disk) before the run ends."""
+    hang_seconds: PositiveFloat = 900.0
+    """Seconds without a step after which all ranks write down where they are and end; evaluations and saves count alike."""
+    grace_seconds: PositiveFloat = 240.0
+    """Seconds after a request to stop within which a step must end; then the run ends on its last checkpoint."""
 
 
 class EvaluateConfig(Config):

@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from swiftv2.config.base import Config
 from swiftv2.config.data import ClipConfig, DataConfig
-from swiftv2.config.engine import EngineConfig, EvaluateConfig, RunConfig, ScheduleConfig, TrainConfig
+from swiftv2.config.engine import EngineConfig, EvaluateConfig, FaultsConfig, RunConfig, ScheduleConfig, TrainConfig
 from swiftv2.config.model import LossConfig, MaskConfig, ModelConfig, ObjectiveName, OptimizerConfig
 
 
@@ -36,6 +36,8 @@ class PretrainConfig(Config):
     """Precision, ZeRO, communication."""
     train: TrainConfig
     """Steps, batch, saves."""
+    faults: FaultsConfig = FaultsConfig()
+    """When a step is refused, a run rewound, a rank taken for hung."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Held-out subjects."""
 

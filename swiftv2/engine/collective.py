@@ -16,7 +16,7 @@ def broadcast(value: T, world: World) -> T:
     if world.size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=world.device)
+    dist.broadcast_object_list(box, src=0, group=world.control)
     return box[0]
 
 
@@ -25,7 +25,7 @@ def gather(value: T, world: World) -> list[T]:
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=world.control)
     return values
 
 

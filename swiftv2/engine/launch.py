@@ -2,7 +2,8 @@
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,6 +12,10 @@ import torch.distributed as dist
 from swiftv2.config.engine import EngineConfig
 from swiftv2.engine.place import Launcher, Place, find_place
 from swiftv2.errors import SwiftError
+
+
+STORE_PATIENCE = timedelta(seconds=10)
+"""How long a call to the store between ranks may take: its server dies, or is stopped, with the rank that holds it."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,10 @@ class World:
     local_size: int
     device: torch.device
     launcher: Launcher = "alone"
+    control: dist.ProcessGroup | None = None
+    """Group in which ranks agree, on the host even where the device is a GPU, so that it waits for no kernel; None alone."""
+    store: dist.Store = field(default_factory=dist.HashStore)  # type: ignore[attr-defined]  # public, but not in __all__
+    """What ranks tell one another from threads, on a connection of its own: a call in it may wait while training goes on."""
 
 
 def start(config: EngineConfig) -> World:
@@ -55,7 +64,11 @@ def start(config: EngineConfig) -> World:
             raise SwiftError(
                 f"rank {place.rank} of {place.size} could not join the others at {place.address}:{place.port}: {reason}"
             ) from error
-    return World(place.rank, place.size, place.local_rank, place.local_size, device, place.launcher)
+    ranks = (place.rank, place.size, place.local_rank, place.local_size)
+    if place.size == 1:
+        return World(*ranks, device, place.launcher)
+    beside = dist.TCPStore(str(place.address), int(str(place.port)), is_master=False, timeout=STORE_PATIENCE)
+    return World(*ranks, device, place.launcher, dist.new_group(backend="gloo"), dist.PrefixStore("swiftv2", beside))
 
 
 def stop() -> None:

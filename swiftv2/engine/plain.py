@@ -75,7 +75,7 @@ class PlainBackend(Backend):
             self._average(gradients)
         norm = get_total_norm(gradients)
         grad_norm = norm.item()
-        skipped = not torch.isfinite(norm).item() and (self.config.check_grad_overflow or self.config.precision == "fp32")
+        skipped = not torch.isfinite(norm).item()
         if not skipped:
             if self.config.gradient_clipping > 0:
                 clip_grads_with_norm_(self.masters.values(), self.config.gradient_clipping, norm)

@@ -1,10 +1,20 @@
 """What the loop asks of whatever hands it batches."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-Exclusion = tuple[int, int]
-"""Id of a sample that is left out, and the first position of the global order from which on it is."""
+Cause = Literal["unusable", "rewound", "asked"]
+
+
+class Exclusion(NamedTuple):
+    """A sample that is left out, by agreement of all ranks."""
+
+    clip: int
+    """Its id."""
+    position: int
+    """First position of the global order from which on it is."""
+    cause: Cause = "unusable"
+    """unusable: its bytes are of no use; rewound: a refused step held it; asked: by configuration."""
 
 
 class Stream(Protocol):
@@ -19,6 +29,13 @@ class Stream(Protocol):
         """The next micro-batch; only this is timed as waiting for data."""
         ...
 
+    def recent(self, micro_batches: int) -> list[dict[str, Any]]:
+        """Samples of the last so many micro-batches of this rank, one entry each.
+
+        Each names `micro_batch` (0 is the oldest of those asked for), `clip`, `position`, and whatever helps to find it.
+        """
+        ...
+
     def faulty(self) -> bool:
         """Whether there is anything that `faults` would tell."""
         ...
@@ -31,7 +48,7 @@ class Stream(Protocol):
         """Leave samples out from now on, as all ranks have agreed.
 
         Raises:
-            SwiftError: too many are left out by now.
+            SwiftError: too many are unusable by now.
         """
         ...
 

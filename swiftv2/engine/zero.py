@@ -59,7 +59,7 @@ def deepspeed_config(config: EngineConfig, micro_batch: int, accumulation: int) 
             "contiguous_gradients": config.contiguous_gradients,
             "round_robin_gradients": False,
         },
-        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": config.check_grad_overflow},
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": config.gradient_accumulation_dtype},
         "communication_data_type": config.communication_dtype,
         "zero_allow_untested_optimizer": True,
