@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
 from swiftv2.config.engine import EngineConfig
 from swiftv2.engine.place import Launcher, Place, find_place
 from swiftv2.errors import SwiftError
-
 
 STORE_PATIENCE = timedelta(seconds=10)
 """How long a call to the store between ranks may take: its server dies, or is stopped, with the rank that holds it."""
@@ -30,7 +30,7 @@ class World:
     launcher: Launcher = "alone"
     control: dist.ProcessGroup | None = None
     """Group in which ranks agree, on the host even where the device is a GPU, so that it waits for no kernel; None alone."""
-    store: dist.Store = field(default_factory=dist.HashStore)  # type: ignore[attr-defined]  # public, but not in __all__
+    store: Store = field(default_factory=HashStore)
     """What ranks tell one another from threads, on a connection of its own: a call in it may wait while training goes on."""
 
 
@@ -52,7 +52,7 @@ def start(config: EngineConfig) -> World:
         # Spares DeepSpeed, imported later, the search for an accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if place.size == 1:
-        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in __all__
+        store = HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     else:
         os.environ["RANK"], os.environ["WORLD_SIZE"] = str(place.rank), str(place.size)
@@ -67,8 +67,8 @@ def start(config: EngineConfig) -> World:
     ranks = (place.rank, place.size, place.local_rank, place.local_size)
     if place.size == 1:
         return World(*ranks, device, place.launcher)
-    beside = dist.TCPStore(str(place.address), int(str(place.port)), is_master=False, timeout=STORE_PATIENCE)
-    return World(*ranks, device, place.launcher, dist.new_group(backend="gloo"), dist.PrefixStore("swiftv2", beside))
+    beside = TCPStore(str(place.address), int(str(place.port)), is_master=False, timeout=STORE_PATIENCE)
+    return World(*ranks, device, place.launcher, dist.new_group(backend="gloo"), PrefixStore("swiftv2", beside))
 
 
 def stop() -> None:
