@@ -104,7 +104,7 @@ class FaultsConfig(Config):
     """When a step is refused, a run rewound, a rank taken for hung."""
 
     spike_window: int = Field(default=128, ge=2)
-    """Accepted steps by whose mean and standard deviation the next loss and gradient norm are judged, once there are so many."""
+    """Accepted steps by whose mean and spread the next loss and gradient norm are judged, once there are so many."""
     spike_sigma: PositiveFloat = 6.0
     """Standard deviations above the mean from which a loss or a gradient norm is refused; one that is not finite always is."""
     rewind_after: PositiveInt = 3

@@ -1,38 +1,69 @@
 """What the loop asks of a backend, and what all backends share: gradients of the global batch, whole states by name."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from swiftv2.config.engine import EngineConfig
 from swiftv2.config.model import OptimizerConfig
-from swiftv2.engine.collective import gather, on_all, on_first
+from swiftv2.engine.collective import gather, on_each
 from swiftv2.engine.launch import World
+from swiftv2.engine.shards import SavedState, Stretch
 from swiftv2.errors import SwiftError
-
-WEIGHTS = "weights.safetensors"
-OPTIMIZER = "optimizer.safetensors"
 
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
 MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
+KINDS: tuple[Kind, ...] = ("weight", *MOMENTS)
+
+Judge = Callable[[float, float], str | None]
+"""Given a step's loss and gradient norm, why its update is refused; None where it is not."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: mean loss over the global batch, global gradient norm before clipping, whether it was skipped."""
+    """One optimizer step.
+
+    Attributes:
+        loss: mean over the global batch.
+        grad_norm: of the global gradient before clipping.
+        refused: why weights and optimizer state were left as they were; None where they were updated.
+        losses: of this rank's micro-batches, where the step was refused.
+    """
 
     loss: float
     grad_norm: float
-    skipped: bool
+    refused: str | None = None
+    losses: tuple[float, ...] = ()
+
+
+class Verdict:
+    """What is made of a step before its update; the numbers come to the host once."""
+
+    def __init__(self, loss: Tensor, judge: Judge) -> None:
+        self.loss = self.norm = math.nan
+        self.refused: str | None = None
+        self._tensor, self._judge, self._asked = loss, judge, False
+
+    def refuses(self, norm: Tensor | float) -> bool:
+        """Whether a gradient of this norm is not to be used; asked again, it answers as before."""
+        if not self._asked:
+            self._asked = True
+            other = norm if isinstance(norm, Tensor) else torch.tensor(norm)
+            pair = torch.stack((self._tensor, other.detach().reshape(()).to(self._tensor)))
+            self.loss, self.norm = pair.tolist()
+            # DeepSpeed's norms say -1 where one is not finite.
+            self.norm = self.norm if self.norm >= 0 else math.inf
+            self.refused = "its gradient norm is not finite" if not math.isfinite(self.norm) else None
+            self.refused = self._judge(self.loss, self.norm) or self.refused
+        return self.refused is not None
 
 
 class Backend(ABC):
@@ -51,11 +82,6 @@ class Backend(ABC):
         self._without_gradient: set[str] | None = None
         self._hooks: list[RemovableHandle] = []
 
-    @property
-    @abstractmethod
-    def layout(self) -> str:
-        """Name of the form in which `save` leaves the backend's own files; equal layouts can be loaded natively."""
-
     def forward_backward(self, batch: Any) -> Tensor:
         """Add one micro-batch to the gradient of the step.
 
@@ -73,10 +99,15 @@ class Backend(ABC):
         self._losses.append(loss.detach())
         return self._losses[-1]
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, judge: Judge = lambda *_: None) -> StepResult:
         """Update the weights with the gradient of the global batch (collective).
 
-        A gradient that is not finite leaves weights and optimizer state as they were.
+        A gradient that is not finite, or that `judge` refuses, leaves weights and optimizer state as they were. Loss and norm
+        come to the host together, at the one place where a gradient is looked at for infinities anyway.
+
+        Args:
+            lr: learning rate.
+            judge: asked before the update; all ranks must come to the same answer by themselves.
 
         Raises:
             SwiftError: the micro-batches of a step are not complete, or, in the first step, a trainable parameter got no
@@ -85,57 +116,66 @@ class Backend(ABC):
         if len(self._losses) != self.accumulation:
             raise SwiftError(f"a step has {self.accumulation} micro-batches, {len(self._losses)} were computed")
         self._check_gradients()
-        loss = torch.stack(self._losses).double().mean()
+        losses = torch.stack(self._losses)
         self._losses.clear()
+        loss = losses.double().mean() / self.world.size
         if self.world.size > 1:
             dist.all_reduce(loss)
-        grad_norm, skipped = self._step(lr)
-        return StepResult(loss.item() / self.world.size, grad_norm, skipped)
+        verdict = Verdict(loss, judge)
+        self._step(lr, verdict)
+        refused = verdict.refused
+        return StepResult(verdict.loss, verdict.norm, refused, tuple(losses.tolist()) if refused else ())
 
-    def full_state(self) -> dict[str, Tensor]:
-        """Whole fp32 weights on the CPU by name, with frozen parameters and buffers (collective; empty but on rank 0)."""
-        state = {name: tensor.cpu() for name, tensor in self._tensors("weight") if self.world.rank == 0}
-        if self.world.rank == 0:
-            state |= {name: tensor.detach().cpu().contiguous() for name, tensor in self._others().items()}
-        return state
+    def stretches(self) -> Iterator[Stretch]:
+        """This rank's part of the state: flat fp32 views, with frozen parameters and buffers whole on rank 0.
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state into an existing folder, in both forms (collective).
-
-        `weights.safetensors` and `optimizer.safetensors` hold whole fp32 tensors by parameter name and fit any world size,
-        ZeRO stage and backend; a backend's own files (DeepSpeed's) lie beside them.
+        Together the ranks' parts hold every element once.
         """
-        _write_on_first(folder / WEIGHTS, self.full_state(), self.world)
-        moments = {
-            f"{kind}/{name}": tensor.cpu() for kind in MOMENTS for name, tensor in self._tensors(kind) if self.world.rank == 0
-        }
-        moments["step"] = torch.tensor(self._adam_steps(), dtype=torch.int64)
-        _write_on_first(folder / OPTIMIZER, moments, self.world)
-        self._save_native(folder)
+        for kind in KINDS:
+            for name, start, values in self._held(kind):
+                stripe = _stripe(values.numel(), self.world) if self._replicated() else slice(None)
+                # What other ranks hold too is written by stripes.
+                yield Stretch(f"{kind}/{name}", start + (stripe.start or 0), values[stripe])
+        if self.world.rank == 0:
+            for name, tensor in self._others().items():
+                yield Stretch(f"other/{name}", 0, tensor.detach().reshape(-1))
 
-    def load(self, folder: Path, layout: str) -> None:
-        """Take weights and optimizer state from a folder that `save` wrote (collective).
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all whole tensors of the state, by key."""
+        trained = {f"{kind}/{name}": tuple(p.shape) for kind in KINDS for name, p in self.parameters.items()}
+        return trained | {f"other/{name}": tuple(t.shape) for name, t in self._others().items()}
 
-        The caller has checked the files' hashes: DeepSpeed's own are pickles, which only a run's own checkpoint may bring.
+    @property
+    def adam_steps(self) -> int:
+        """Updates of the optimizer so far."""
+        return self._adam_steps()
 
-        Args:
-            folder: the checkpoint.
-            layout: the layout under which it was saved; where it equals this backend's, its own files are loaded and
-                training goes on bit for bit, else the whole tensors by name, which is exact for the state itself.
+    def save_native(self, folder: Path) -> list[str]:
+        """Write the backend's own files, for other tools, into a folder (collective; DeepSpeed's alone).
+
+        Returns:
+            Names, below the folder, of what this rank wrote.
 
         Raises:
-            SwiftError: parameters are missing, unknown or of another shape.
+            SwiftError: on this rank, where one cannot be written.
         """
-        if layout == self.layout and self._load_native(folder):
-            return
-        on_all(lambda: self._check_names(folder), self.world)
-        with safe_open(folder / WEIGHTS, "pt") as weights, safe_open(folder / OPTIMIZER, "pt") as moments:
+        del folder
+        return []
+
+    @torch.no_grad()
+    def restore(self, checkpoint: Path) -> None:
+        """Take weights and optimizer state from a checkpoint of any number of ranks, backend and ZeRO stage (collective).
+
+        Raises:
+            SwiftError: on all ranks, where parameters are missing, unknown or of another shape.
+        """
+        with on_each(lambda: self._open(checkpoint), self.world) as saved:
             for name, tensor in self._others().items():
-                tensor.data.copy_(weights.get_tensor(name))
-            self._assign("weight", {name: weights.get_tensor(name) for name in self.parameters})
-            for kind in MOMENTS:
-                self._assign(kind, {name: moments.get_tensor(f"{kind}/{name}") for name in self.parameters})
-            self._finish_assignment(int(moments.get_tensor("step")))
+                tensor.data.copy_(saved.whole(f"other/{name}"))
+            for kind in KINDS:
+                for name, start, values in self._held(kind):
+                    values.copy_(saved.read(f"{kind}/{name}", start, values.numel()))
+            self._finish_restore(saved.adam_steps)
 
     def generated_config(self) -> dict[str, Any] | None:
         """The configuration made from ours for a library below (DeepSpeed); None where there is none."""
@@ -149,48 +189,41 @@ class Backend(ABC):
     def _forward_backward(self, batch: Any) -> Tensor: ...
 
     @abstractmethod
-    def _step(self, lr: float) -> tuple[float, bool]: ...
+    def _step(self, lr: float, verdict: "Verdict") -> None:
+        """Ask the verdict once, with the gradient's norm, and update or drop the gradient."""
 
     @abstractmethod
-    def _tensors(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
-        """Whole fp32 tensors of all trainable parameters, in order (collective)."""
+    def _held(self, kind: Kind) -> Iterator[tuple[str, int, Tensor]]:
+        """Names, starts and flat fp32 views of all that this rank keeps of the trainable parameters."""
 
     @abstractmethod
-    def _assign(self, kind: Kind, values: Mapping[str, Tensor]) -> None:
-        """Set weights or moments from whole tensors."""
+    def _replicated(self) -> bool:
+        """Whether every rank keeps everything."""
 
     @abstractmethod
-    def _finish_assignment(self, adam_steps: int) -> None:
-        """Set the optimizer's step count and renew whatever derives from the fp32 weights."""
+    def _finish_restore(self, adam_steps: int) -> None:
+        """Set the optimizer's step count and renew whatever derives from the fp32 weights (collective)."""
 
     @abstractmethod
     def _adam_steps(self) -> int: ...
 
-    def _save_native(self, folder: Path) -> None:
-        """Write the backend's own files beside the whole tensors; none by default."""
-        del folder
-
-    def _load_native(self, folder: Path) -> bool:
-        """Load the backend's own files; False where it has none."""
-        del folder
-        return False
+    def _open(self, checkpoint: Path) -> SavedState:
+        saved = SavedState(checkpoint)
+        expected, found = self.shapes(), saved.shapes
+        for key in sorted(expected.keys() | found.keys()):
+            if expected.get(key) != found.get(key):
+                name = key.partition("/")[2]
+                raise SwiftError(
+                    f"{checkpoint}: {name} has shape {found.get(key, 'none')} there and {expected.get(key, 'none')} in the "
+                    "model: the configuration describes another model"
+                )
+        return saved
 
     def _others(self) -> dict[str, Tensor]:
         """Frozen parameters and persistent buffers: in no optimizer, yet part of the state."""
         kept = self.module.state_dict(keep_vars=True)
         frozen = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
         return frozen | {name: b for name, b in self.module.named_buffers() if name in kept}
-
-    def _check_names(self, folder: Path) -> None:
-        expected = {name: tuple(t.shape) for name, t in (self.parameters | self._others()).items()}
-        with safe_open(folder / WEIGHTS, "pt") as weights:
-            found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118 (no iterator)
-        for name in sorted(expected.keys() | found.keys()):
-            if expected.get(name) != found.get(name):
-                raise SwiftError(
-                    f"{folder / WEIGHTS}: {name} has shape {found.get(name, 'none')} there and "
-                    f"{expected.get(name, 'none')} in the model: the configuration describes another model"
-                )
 
     def _watch_gradients(self) -> None:
         missing = self._without_gradient = set(self.parameters)
@@ -244,11 +277,5 @@ def build_backend(
     return ZeroBackend(config, optimizer, module, decay, world, micro_batch, accumulation)
 
 
-def _write_on_first(path: Path, tensors: dict[str, Tensor], world: World) -> None:
-    def write() -> None:
-        try:
-            save_file(tensors, path)
-        except SafetensorError as error:
-            raise SwiftError(f"{path}: cannot be written: {error}") from error
-
-    on_first(write, world)
+def _stripe(elements: int, world: World) -> slice:
+    return slice(elements * world.rank // world.size, elements * (world.rank + 1) // world.size)

@@ -4,24 +4,40 @@ import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from swiftv2.config.engine import TrainConfig
 from swiftv2.engine.backend import Backend
 from swiftv2.engine.collective import on_first
 from swiftv2.engine.launch import World
-from swiftv2.engine.manifest import check_hashes, check_sizes, write_manifest
+from swiftv2.engine.manifest import check_hashes, check_sizes, hash_file, read_manifest, write_manifest
+from swiftv2.engine.shards import SavedState, Written
 from swiftv2.engine.stream import Exclusion
 from swiftv2.errors import SwiftError
 from swiftv2.files import read_json, sync, write_file
 
 TRAINER = "trainer.json"
+_NEWEST = 2
+"""Whole checkpoints that are always kept, of whatever kind."""
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Where a run stands, beside its weights: everything else follows from the configuration and these numbers."""
+    """Where a run stands, beside its weights: everything else follows from the configuration and these numbers.
+
+    Attributes:
+        step, samples: done and consumed by all ranks.
+        attempt, seed, world_size, micro_batch, accumulation, config_sha256, schedule: of the run that saved it.
+        best_metric, best_value, best_step: of evaluations so far.
+        evaluated: step of the last evaluation.
+        exclusions: what is left out, as (clip, position, cause).
+        spike_window: loss and gradient norm of the accepted steps by which the next is judged.
+        refused: steps in a row, up to this one, that were refused: step, reason, and (clip, position) of each sample.
+        rewinds: how often the run went back.
+    """
 
     step: int
     samples: int
@@ -30,13 +46,16 @@ class TrainerState:
     world_size: int
     micro_batch: int
     accumulation: int
-    layout: str
     config_sha256: str
     schedule: dict[str, Any] = field(default_factory=dict)
     best_metric: str | None = None
     best_value: float | None = None
     best_step: int | None = None
+    evaluated: int = 0
     exclusions: list[Exclusion] = field(default_factory=list)
+    spike_window: list[tuple[float, float]] = field(default_factory=list)
+    refused: list[dict[str, Any]] = field(default_factory=list)
+    rewinds: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,8 @@ class Checkpoint:
     path: Path
     step: int
     problem: str | None
+    kind: str | None = None
+    """permanent or ephemeral; None where it cannot be told."""
 
     def trainer(self) -> TrainerState:
         """Read `trainer.json`.
@@ -56,7 +77,8 @@ class Checkpoint:
         values = read_json(self.path / TRAINER)
         known = {f.name for f in dataclasses.fields(TrainerState)}
         try:
-            return TrainerState(**{key: value for key, value in values.items() if key in known})
+            state = TrainerState(**{key: value for key, value in values.items() if key in known})
+            return dataclasses.replace(state, exclusions=[Exclusion(*one) for one in state.exclusions])
         except TypeError as error:
             raise SwiftError(f"{self.path / TRAINER}: entries are missing: it is damaged or of another version") from error
 
@@ -67,7 +89,9 @@ def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
     for path in (run_dir / "checkpoints").glob("step_*"):
         number = re.fullmatch(r"step_(\d+)", path.name)
         if number and path.is_dir():
-            found.append(Checkpoint(path, int(number.group(1)), check_sizes(path)))
+            problem = check_sizes(path)
+            kind = None if problem else str(read_manifest(path)["kind"])
+            found.append(Checkpoint(path, int(number.group(1)), problem, kind))
     return sorted(found, key=lambda c: -c.step)
 
 
@@ -89,38 +113,41 @@ def verify_checkpoint(folder: Path) -> None:
         raise SwiftError(problem)
 
 
-def save_checkpoint(run_dir: Path, backend: Backend, state: TrainerState, world: World) -> Path:
-    """Write `checkpoints/step_N/` as a whole or not at all (collective).
+def commit(partial: Path, final: Path, kind: str, state: TrainerState, files: Mapping[str, Written]) -> None:
+    """Make a checkpoint of a folder whose files are all on the disk: trainer state, manifest, one rename.
 
-    A temporary folder beside it takes all files, each synced to disk; the manifest comes last; then one rename. What a
-    failed save leaves behind is the temporary folder, which the next one removes.
-
-    Returns:
-        The finished folder.
-
-    Raises:
-        SwiftError: on every rank, where a file could not be written; former checkpoints are untouched.
+    Args:
+        partial: the folder, beside the final one.
+        final: `checkpoints/step_N`; a former one of the same step is replaced.
+        kind: permanent or ephemeral.
+        state: where the run stood when the files were taken.
+        files: by name below the folder, without the trainer state.
     """
-    final = run_dir / "checkpoints" / f"step_{state.step}"
-    partial = final.with_name(f".{final.name}.partial")
-    on_first(lambda: _clear(partial), world)
-    backend.save(partial)
-    text = json.dumps(dataclasses.asdict(state), indent=1) + "\n"
-    on_first(lambda: write_file(partial / TRAINER, text), world)
-    write_manifest(partial, world)
-    on_first(lambda: _commit(partial, final), world)
-    return final
+    write_file(partial / TRAINER, json.dumps(dataclasses.asdict(state), indent=1) + "\n")
+    write_manifest(partial, kind, {**files, TRAINER: hash_file(partial / TRAINER)})
+    if final.exists():
+        remove(final)
+    partial.rename(final)
+    sync(final.parent)
 
 
-def load_newest(run_dir: Path, backend: Backend, world: World) -> tuple[TrainerState | None, list[str]]:
+def load_newest(
+    run_dir: Path, backend: Backend, world: World, before: int | None = None
+) -> tuple[TrainerState | None, list[str]]:
     """Load the newest checkpoint whose files all match their hashes (collective).
 
     Newer ones that are damaged are renamed `damaged_step_N`: by their sizes alone they might look whole, and count among
     those kept in the place of good ones.
 
+    Args:
+        run_dir: the run directory.
+        backend: takes the state, whatever number of ranks saved it.
+        world: this process among the ranks.
+        before: only checkpoints of steps below this one count.
+
     Returns:
-        (state, problems): the trainer state, None where the run has no checkpoint at all; and a line for each newer
-        checkpoint that was set aside because it is damaged.
+        (state, problems): the trainer state, None where there is no checkpoint at all; and a line for each newer checkpoint
+        that was set aside because it is damaged.
 
     Raises:
         SwiftError: there are checkpoints but all are damaged, or the whole one does not fit the model.
@@ -128,10 +155,12 @@ def load_newest(run_dir: Path, backend: Backend, world: World) -> tuple[TrainerS
     problems: list[str] = []
     damaged: list[Path] = []
     for candidate in on_first(lambda: list_checkpoints(run_dir), world):
+        if before is not None and candidate.step >= before:
+            continue
         problem = candidate.problem or check_hashes(candidate.path, world)
         if problem is None:
             state = on_first(candidate.trainer, world)
-            backend.load(candidate.path, state.layout)
+            backend.restore(candidate.path)
             on_first(lambda: _set_aside(damaged), world)
             return state, problems
         problems.append(problem)
@@ -144,35 +173,37 @@ def load_newest(run_dir: Path, backend: Backend, world: World) -> tuple[TrainerS
     return None, []
 
 
-def prune(run_dir: Path, keep_last: int, best_step: int | None, world: World) -> list[int]:
-    """Delete all whole checkpoints but the best and the last `keep_last` others; returns the steps deleted (collective).
+def read_weights(checkpoint: Path) -> dict[str, Any]:
+    """Whole weights (fp32) and buffers by name, on the CPU, of a checkpoint that was verified.
 
-    Damaged ones neither count nor are touched.
+    Raises:
+        SwiftError: its state is not whole.
     """
-
-    def act() -> list[int]:
-        whole = [c for c in list_checkpoints(run_dir) if c.problem is None and c.step != best_step]
-        old = whole[keep_last:]
-        for checkpoint in old:
-            _remove(checkpoint.path)
-        return [c.step for c in old]
-
-    return on_first(act, world)
+    with SavedState(checkpoint) as saved:
+        return saved.weights()
 
 
-def _clear(partial: Path) -> None:
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in partial.parent.glob(".step_*"):
-        shutil.rmtree(leftover)
-    partial.mkdir()
+def outdated(run_dir: Path, train: TrainConfig, best_step: int | None) -> list[Path]:
+    """Whole checkpoints that are no longer kept.
+
+    Kept are the newest two of all, the best, the last `keep_last` permanent ones beside it, and permanent ones that
+    `keep_every` divides. Damaged ones neither count nor are touched.
+    """
+    whole = [c for c in list_checkpoints(run_dir) if c.problem is None]
+    permanent = [c for c in whole if c.kind == "permanent" and c.step != best_step]
+    kept = {c.step for c in whole[:_NEWEST]} | {c.step for c in permanent[: train.keep_last]} | {best_step}
+    if train.keep_every is not None:
+        kept |= {c.step for c in permanent if c.step % train.keep_every == 0}
+    return [c.path for c in whole if c.step not in kept]
 
 
-def _commit(partial: Path, final: Path) -> None:
-    sync(partial)
-    if final.exists():  # the same step saved again
-        _remove(final)
-    partial.rename(final)
-    sync(final.parent)
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; renamed first, so that a kill in between leaves no half of one under its name."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _set_aside(folders: list[Path]) -> None:
@@ -181,12 +212,3 @@ def _set_aside(folders: list[Path]) -> None:
         if aside.exists():
             shutil.rmtree(aside)
         folder.rename(aside)
-
-
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint; renamed first, so that a kill in between leaves no half of one under its name."""
-    doomed = folder.with_name(f".{folder.name}.removed")
-    if doomed.exists():
-        shutil.rmtree(doomed)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)

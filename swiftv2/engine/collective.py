@@ -1,14 +1,37 @@
 """Small exchanges between ranks: one decision, one list, one error that all raise together."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from swiftv2.engine.launch import World
 from swiftv2.errors import SwiftError
 
 T = TypeVar("T")
+
+
+class Agreed(NamedTuple):
+    """What all ranks know at a boundary."""
+
+    stop: int
+    """Highest code of any rank that was asked to stop; 0 where none was."""
+    news: bool
+    """Whether any has something to tell."""
+    save: bool
+    """Whether any finds it time for a checkpoint."""
+    flushed: bool
+    """Whether all have their part of the last one on the disk."""
+
+
+def agree(world: World, *, stop: int = 0, news: bool = False, save: bool = False, flushed: bool = True) -> Agreed:
+    """Exchange what each rank knows; one small message on the host (collective)."""
+    told = torch.tensor([stop, news, save, not flushed])
+    if world.size > 1:
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=world.control)
+    highest, any_news, any_save, not_flushed = told.tolist()
+    return Agreed(highest, bool(any_news), bool(any_save), not not_flushed)
 
 
 def broadcast(value: T, world: World) -> T:
@@ -45,20 +68,25 @@ def on_first(action: Callable[[], T], world: World) -> T:
 
 
 def on_all(action: Callable[[], T], world: World) -> list[T]:
-    """Run `action` on every rank and hand all results to all, in rank order (collective).
+    """Run `action` on every rank and hand all results to all, in rank order (collective); raises as `on_each` does."""
+    return gather(on_each(action, world), world)
+
+
+def on_each(action: Callable[[], T], world: World) -> T:
+    """Run `action` on every rank; each keeps its own result (collective).
 
     Raises:
         SwiftError: on every rank, where the action failed on any; the lowest failing rank is named.
         Exception: on the rank itself, where the action failed by a mistake in the program.
     """
     value, own = _attempt(action)
-    outcomes = gather((value, _for_others(own, world.rank)), world)
+    outcomes = gather(_for_others(own, world.rank), world)
     if own is not None and not isinstance(own, SwiftError):
         raise own
-    for rank, (_, error) in enumerate(outcomes):
+    for rank, error in enumerate(outcomes):
         if error is not None:
             raise type(error)(f"{error} (rank {rank})" if world.size > 1 else str(error))
-    return [value for value, _ in outcomes]  # type: ignore[misc]  # without errors there are values
+    return value  # type: ignore[return-value]  # without an error there is a value
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:

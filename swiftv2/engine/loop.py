@@ -1,27 +1,45 @@
-"""The training loop: resume or start, step, log, evaluate, save, stop."""
+"""The training loop: resume or start, then evaluate, agree, save, step, until done or asked to stop."""
 
 import contextlib
 import hashlib
+import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from swiftv2.config.engine import ScheduleConfig, TrainConfig
+from swiftv2.config.engine import FaultsConfig, ScheduleConfig, TrainConfig
 from swiftv2.engine.backend import Backend, StepResult
-from swiftv2.engine.checkpoint import TrainerState, load_newest, prune, save_checkpoint
-from swiftv2.engine.collective import gather, on_first
+from swiftv2.engine.checkpoint import TrainerState, load_newest
+from swiftv2.engine.collective import Agreed, agree, gather, on_first
+from swiftv2.engine.guard import SpikeGuard
 from swiftv2.engine.launch import World
 from swiftv2.engine.meter import Meter
+from swiftv2.engine.pace import Pace
 from swiftv2.engine.progress import ProgressLine
+from swiftv2.engine.refusals import Refusals
 from swiftv2.engine.rundir import RunDirectory
+from swiftv2.engine.saver import Saver
 from swiftv2.engine.schedule import learning_rate
-from swiftv2.engine.signals import STOPPED_EARLY, StopRequest
+from swiftv2.engine.sentinel import Sentinel
+from swiftv2.engine.signals import STOPPED_EARLY, StopRequest, describe, end_time
 from swiftv2.engine.stream import Exclusion, Stream
 from swiftv2.errors import SwiftError
 
-Evaluate = Callable[[int], Mapping[str, float]]
+Evaluate = Callable[[int, Callable[[], None]], Mapping[str, float]]
+"""Given the step, and what all ranks call equally often meanwhile; gives the values that are logged."""
 Batches = Callable[[int, list[Exclusion]], Stream]
+
+_PACE_STEPS = 50
+_PASSED_OVER = StepResult(math.nan, math.nan, "train.skip_steps names it")
+_MARGIN_SECONDS = 10.0
+"""Left over at a time limit, for what comes after the last save."""
+
+
+class EvaluationStopped(Exception):  # noqa: N818 (it is no error)
+    """An evaluation was broken off because the run is to stop; it is made up for when the run goes on."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +68,7 @@ def fit(
     schedule: ScheduleConfig,
     peak_lr: float,
     seed: int,
+    faults: FaultsConfig | None = None,
     evaluate: Evaluate | None = None,
     best_metric: str | None = None,
 ) -> FitResult:
@@ -59,74 +78,219 @@ def fit(
         backend: module, optimizer and how a step is computed.
         world: this process among the ranks.
         run: the opened run directory.
-        batches: given the clips that the whole run has consumed and the exclusions of its checkpoint, this rank's
-            micro-batches from there on.
+        batches: given the clips that the whole run has consumed and what is left out, this rank's micro-batches from there on.
         train: steps, batch, and what happens every how many steps.
         schedule: learning rate over steps.
         peak_lr: its peak.
         seed: seed of the run, noted in its checkpoints.
+        faults: when a step is refused, a run rewound, a rank taken for hung.
         evaluate: called by all ranks every `evaluate_every` steps and after the last; its values are logged.
         best_metric: key of the evaluation whose lowest value marks the best checkpoint, which is saved at once and kept.
 
     Returns:
-        Where it ended. After SIGTERM, SIGUSR1, SIGUSR2 or an interrupt on any rank, all ranks end after the same step with
-        a checkpoint, `stopped_early` is set and `exit_status` is 75.
+        Where it ended. After SIGTERM, SIGUSR1, SIGUSR2 or an interrupt on any rank, or where the time is over, all ranks end
+        after the same step with a checkpoint, `stopped_early` is set and `exit_status` is 75.
 
     Raises:
-        SwiftError: a checkpoint is damaged beyond help, cannot be written, or another process took the run over.
+        SwiftError: a checkpoint is damaged beyond help or cannot be written, training does not recover from refused steps, or
+            another process took the run over.
     """
-    state = _resume(backend, world, run, train, schedule, seed)
-    generated = backend.generated_config()
-    if generated is not None:
-        run.document("deepspeed.json", generated)
-    meter = Meter(train.global_batch, train.max_steps)
-    values: dict[str, float] = {}
-    saved: Path | None = None
-    stopped = False
-    stream = batches(state.samples, state.exclusions)
-    state = replace(state, exclusions=stream.exclusions)
-    with (
-        StopRequest(world) as request,
-        ProgressLine(world, state.step, train.max_steps) as progress,
-        contextlib.closing(stream),
-    ):
-        _announce(progress, run, state, world)
-        for step in range(state.step + 1, train.max_steps + 1):
-            rate = learning_rate(step, schedule, peak_lr, train.max_steps)
-            meter.begin()
-            result = _step(backend, stream, rate, meter)
-            meter.end()
-            state = replace(state, step=step, samples=state.samples + train.global_batch)
-            values = _values(result, rate, meter, step) | {"clips_left_out": float(len(state.exclusions))}
-            if result.skipped:
-                run.event("skipped", step, loss=result.loss, gradient_norm=result.grad_norm)
-                progress.note(f"step {step} skipped: its gradient is not finite")
+    faults = faults or FaultsConfig()
+    began = time.time()
+    with contextlib.ExitStack() as stack:
+        watch = stack.enter_context(
+            Sentinel(world, run.path / "logs", run.attempt, faults.hang_seconds, faults.grace_seconds, _teller(run))
+        )
+        request = stack.enter_context(StopRequest(end_time(train.time_limit_minutes, os.environ, began), heard=watch.stopping))
+        saver = stack.enter_context(Saver(run, backend, world, train))
+        state = _resume(backend, world, run, train, schedule, seed)
+        progress = stack.enter_context(ProgressLine(world, state.step, train.max_steps))
+        parts = _Parts(backend, world, run, batches, train, faults, watch, request, saver, progress)
+        training = _Training(parts, state, lambda step: learning_rate(step, schedule, peak_lr, train.max_steps))
+        stack.callback(training.close)
+        return training.run(evaluate, best_metric)
 
-            last = step == train.max_steps
-            agreed = request.agreed(news=stream.faulty())
-            stopped = agreed.stop and not last
-            if agreed.news:
-                state = _leave_out(stream, run, state, world, progress)
-            improved = False
-            if evaluate is not None and not stopped and (last or step % train.evaluate_every == 0):
-                scores = evaluate(step)
-                values |= scores
-                improved = best_metric is not None and _is_better(scores.get(best_metric), state.best_value)
-                if improved:
-                    state = replace(state, best_metric=best_metric, best_value=scores[str(best_metric)], best_step=step)
-                stopped = request.agreed().stop and not last
-            if last or stopped or improved or result.skipped or step % train.log_every == 0:
-                run.metrics(step, values)
-            progress.update(step, values)
-            if last or stopped or improved or step % train.save_every == 0:
-                saved = _save(backend, world, run, train, state)
-            if stopped:
-                run.event("stopped", step, signal=request.name)
-                progress.note(f"stopped after step {step} as asked; its state is saved: run the same command to go on")
+
+class _Parts(NamedTuple):
+    """What a training is made from."""
+
+    backend: Backend
+    world: World
+    run: RunDirectory
+    batches: Batches
+    train: TrainConfig
+    faults: FaultsConfig
+    watch: Sentinel
+    request: StopRequest
+    saver: Saver
+    progress: ProgressLine
+
+
+class _Training:
+    """A run in progress: its state, and what is done to it between two boundaries."""
+
+    def __init__(self, parts: _Parts, state: TrainerState, rate: Callable[[int], float]) -> None:
+        self.parts, self.rate = parts, rate
+        self.state = self.saved = state
+        self.stream = parts.batches(state.samples, state.exclusions)
+        self.state = replace(state, exclusions=self.stream.exclusions)
+        self.guard = SpikeGuard(parts.faults, state.spike_window)
+        self.refusals = Refusals(parts.run, parts.backend, parts.world, parts.faults)
+        self.meter = Meter(parts.train.global_batch, parts.train.max_steps)
+        self.pace = Pace(parts.world)
+        self.pace.watch(parts.backend.module)
+        self.values: dict[str, float] = {}
+        self.folder: Path | None = None
+        self.evaluation_seconds = 0.0
+
+    def close(self) -> None:
+        """End what reads ahead."""
+        self.stream.close()
+
+    def run(self, evaluate: Evaluate | None, best_metric: str | None) -> FitResult:
+        """Evaluate, agree, save, step; again and again."""
+        train, run = self.parts.train, self.parts.run
+        generated = self.parts.backend.generated_config()
+        if generated is not None:
+            run.document("deepspeed.json", generated)
+        _announce(self.parts, self.state)
+        while True:
+            improved = evaluate is not None and self.evaluate(evaluate, best_metric)
+            if _is_logged(self.state, train, self.values, improved=improved):
+                run.metrics(self.state.step, self.values)
+            agreed = self.agree()
+            done = self.state.step == train.max_steps and (evaluate is None or not _evaluation_is_due(self.state, train))
+            if self.refusals.hopeless(self.state):
+                self.go_back()
+            self.save(agreed, now=done or agreed.stop > 0 or improved)
+            if done or agreed.stop:
                 break
+            self.step()
+        self.finish_save(last=True)
+        if done:
+            run.event("finished", self.state.step)
         else:
-            run.event("finished", state.step)
-    return FitResult(state.step, state.samples, stopped, saved, values)
+            name = describe(agreed.stop)
+            run.event("stopped", self.state.step, signal=name)
+            self.parts.progress.note(f"stopped after step {self.state.step} ({name}): run the same command to go on")
+        return FitResult(self.state.step, self.state.samples, not done, self.folder, self.values)
+
+    def evaluate(self, evaluate: Evaluate, best_metric: str | None) -> bool:
+        """Evaluate where it is due, also what a stop has cut off; whether the model is the best so far."""
+        if not _evaluation_is_due(self.state, self.parts.train):
+            return False
+        self.parts.request.check_time(self.evaluation_seconds + self.parts.saver.longest + _MARGIN_SECONDS)
+        asked = time.monotonic()
+        try:
+            scores = evaluate(self.state.step, self._tick)
+        except EvaluationStopped:
+            return False
+        self.evaluation_seconds = time.monotonic() - asked
+        self.values |= scores
+        former, self.state = self.state, _after_evaluation(self.state, scores, best_metric)
+        return self.state.best_step != former.best_step
+
+    def _tick(self) -> None:
+        """What an evaluation calls between its batches: it ends there where any rank is asked to stop."""
+        request = self.parts.request
+        self.parts.watch.at(self.state.step, "evaluate")
+        request.check_time(self.parts.saver.longest + _MARGIN_SECONDS)
+        stop = agree(self.parts.world, stop=request.code).stop
+        if stop:
+            request.ask(stop)
+            raise EvaluationStopped
+
+    def agree(self) -> Agreed:
+        """Exchange what each rank knows; leave out together what any of them found of no use."""
+        request, saver, stream = self.parts.request, self.parts.saver, self.stream
+        self.parts.watch.at(self.state.step, "boundary")
+        request.check_time(1.5 * self.meter.longest + saver.longest + _MARGIN_SECONDS)
+        agreed = agree(self.parts.world, stop=request.code, news=stream.faulty(), save=saver.due, flushed=saver.flushed)
+        if agreed.stop:
+            request.ask(agreed.stop)
+        if agreed.news:
+            self.state = _leave_out(self.stream, self.parts, self.state)
+        if saver.busy and agreed.flushed:
+            self.finish_save()
+        return agreed
+
+    def save(self, agreed: Agreed, *, now: bool) -> None:
+        """Begin a checkpoint where one is due: a permanent one, or an ephemeral one by the clock."""
+        permanent = now or self.state.step % self.parts.train.save_every == 0
+        if self.state == self.saved or not (permanent or agreed.save):
+            return
+        self.parts.watch.at(self.state.step, "save")
+        self.finish_save()
+        self.parts.saver.begin(self.state, permanent=permanent)
+        self.saved = self.state
+
+    def finish_save(self, *, last: bool = False) -> None:
+        """Let a save count that was begun.
+
+        Raises:
+            SwiftError: it failed, and it was the run's last, or so many failed in a row.
+        """
+        saver = self.parts.saver
+        ended = saver.finish()
+        if ended is None:
+            return
+        if ended.problem is None:
+            self.folder = ended.folder
+            return
+        told = f"the checkpoint of step {ended.state.step} could not be saved: {ended.problem}; former ones are whole"
+        if last or saver.failed_in_a_row >= self.parts.faults.failed_saves:
+            raise SwiftError(f"{told}: make room and start again")
+        self.parts.progress.note(told)
+
+    def go_back(self) -> None:
+        """Begin again before the refused steps, without their samples."""
+        self.finish_save()
+        self.stream.close()
+        self.state = self.refusals.rewind(self.state)
+        self.parts.progress.note(f"went back to step {self.state.step}: {len(self.state.exclusions)} clips are left out now")
+        self.parts.saver.begin(self.state, permanent=True)
+        self.finish_save(last=True)
+        self.saved = self.state
+        self.refusals.settle(self.state)
+        self.stream = self.parts.batches(self.state.samples, self.state.exclusions)
+        self.guard, self.values = SpikeGuard(self.parts.faults, self.state.spike_window), {}
+
+    def step(self) -> None:
+        """One step, accepted or refused."""
+        step, train = self.state.step + 1, self.parts.train
+        rate, passed_over = self.rate(step), step in train.skip_steps
+        self.meter.begin()
+        self._forward_backward(step, compute=not passed_over)
+        result = _PASSED_OVER if passed_over else self.parts.backend.step(rate, self.guard.judge)
+        self.pace.stepped(self.meter.end())
+        self.state = replace(self.state, step=step, samples=self.state.samples + train.global_batch)
+        if result.refused is None:
+            self.guard.accept(result.loss, result.grad_norm)
+            self.state = replace(self.state, spike_window=self.guard.history, refused=[])
+        else:
+            if not passed_over:
+                self.state = self.refusals.note(self.state, result, self.stream)
+            self.parts.progress.note(f"step {step} refused: {result.refused}")
+        self.values = _values(result, rate, self.meter, self.state)
+        self.parts.progress.update(step, self.values)
+        if step % _PACE_STEPS == 0:
+            _tell_slow(self.pace.report(self.parts.world), self.parts, step)
+
+    def _forward_backward(self, step: int, *, compute: bool) -> None:
+        backend, watch = self.parts.backend, self.parts.watch
+        for _ in range(backend.accumulation):
+            watch.at(step, "data")
+            asked = time.perf_counter()
+            try:
+                batch = next(self.stream)
+            except StopIteration as error:
+                raise SwiftError("the batches ended before train.max_steps: the loader must go on over epochs") from error
+            waited = time.perf_counter() - asked
+            self.meter.waited(waited)
+            self.pace.waited(waited)
+            watch.at(step, "compute")
+            if compute:
+                backend.forward_backward(batch)
 
 
 def _resume(
@@ -136,86 +300,79 @@ def _resume(
     former, problems = load_newest(run.path, backend, world)
     for problem in problems:
         run.event("checkpoint_damaged", problem=problem)
-    fresh = TrainerState(
-        step=0,
-        samples=0,
-        attempt=run.attempt,
-        seed=seed,
-        world_size=world.size,
-        micro_batch=train.global_batch // (world.size * backend.accumulation),
-        accumulation=backend.accumulation,
-        layout=backend.layout,
-        config_sha256=on_first(lambda: hashlib.sha256((run.path / "config.yaml").read_bytes()).hexdigest(), world),
-        schedule={**schedule.model_dump(), "max_steps": train.max_steps},
-    )
+    now: dict[str, Any] = {
+        "attempt": run.attempt,
+        "world_size": world.size,
+        "micro_batch": train.global_batch // (world.size * backend.accumulation),
+        "accumulation": backend.accumulation,
+        "config_sha256": on_first(lambda: hashlib.sha256((run.path / "config.yaml").read_bytes()).hexdigest(), world),
+        "schedule": {**schedule.model_dump(), "max_steps": train.max_steps},
+    }
     if former is None:
-        return fresh
+        return TrainerState(step=0, samples=0, seed=seed, **now)
     if former.seed != seed:
         raise SwiftError(f"{run.path} was begun with run.seed={former.seed}, not {seed}: give another run.dir")
-    run.event("resumed", former.step, layout=former.layout, passed_over=len(problems))
-    return replace(
-        fresh,
-        step=former.step,
-        samples=former.samples,
-        best_metric=former.best_metric,
-        best_value=former.best_value,
-        best_step=former.best_step,
-        exclusions=[(clip, position) for clip, position in former.exclusions],
-    )
+    run.event("resumed", former.step, world_size=former.world_size, passed_over=len(problems))
+    return replace(former, **now)
 
 
-def _leave_out(stream: Stream, run: RunDirectory, state: TrainerState, world: World, progress: ProgressLine) -> TrainerState:
+def _evaluation_is_due(state: TrainerState, train: TrainConfig) -> bool:
+    """Whether the step was to be evaluated and was not yet, which a stop may have prevented."""
+    at = state.step == train.max_steps or state.step % train.evaluate_every == 0
+    return state.step > 0 and at and state.evaluated != state.step
+
+
+def _after_evaluation(state: TrainerState, scores: Mapping[str, float], metric: str | None) -> TrainerState:
+    state = replace(state, evaluated=state.step)
+    value = None if metric is None else scores.get(metric)
+    if value is None or not math.isfinite(value) or (state.best_value is not None and value >= state.best_value):
+        return state
+    return replace(state, best_metric=metric, best_value=value, best_step=state.step)
+
+
+def _is_logged(state: TrainerState, train: TrainConfig, values: Mapping[str, float], *, improved: bool) -> bool:
+    if not values:
+        return False
+    due = state.step % train.log_every == 0 or state.step == train.max_steps or state.evaluated == state.step
+    return due or improved or bool(values.get("skipped"))
+
+
+def _leave_out(stream: Stream, parts: _Parts, state: TrainerState) -> TrainerState:
     """Let all ranks leave out what any of them found of no use, and note it."""
-    told = [fault for faults in gather(stream.faults(), world) for fault in faults]
+    told = [fault for faults in gather(stream.faults(), parts.world) for fault in faults]
     found = {fault["clip"]: fault for fault in sorted(told, key=lambda one: -one["position"])}  # The first position counts.
-    known = {clip for clip, _ in state.exclusions}
+    known = {one.clip for one in state.exclusions}
     for clip, fault in sorted(found.items()):
         if clip not in known:
-            run.event("quarantined", state.step, **fault)
-            progress.note(f"step {state.step}: a clip of run {fault.get('run', '')} is left out from here on")
-    stream.exclude([(fault["clip"], fault["position"]) for fault in found.values()])
+            parts.run.event("quarantined", state.step, **fault)
+            parts.progress.note(f"step {state.step}: a clip of run {fault.get('run', '')} is left out from here on")
+    stream.exclude([Exclusion(fault["clip"], fault["position"]) for fault in found.values()])
     return replace(state, exclusions=stream.exclusions)
 
 
-def _announce(progress: ProgressLine, run: RunDirectory, state: TrainerState, world: World) -> None:
+def _announce(parts: _Parts, state: TrainerState) -> None:
+    world = parts.world
     ranks = f"{world.size} rank{'s' if world.size > 1 else ''} on {world.device.type}"
     begin = f"resumed after step {state.step}" if state.step else "begun"
-    progress.note(f"{run.path}: {begin}, attempt {run.attempt}, {ranks}, {state.layout}")
+    parts.progress.note(f"{parts.run.path}: {begin}, attempt {parts.run.attempt}, {ranks}")
 
 
-def _step(backend: Backend, stream: Stream, rate: float, meter: Meter) -> StepResult:
-    for _ in range(backend.accumulation):
-        asked = time.perf_counter()
-        try:
-            batch = next(stream)
-        except StopIteration as error:
-            raise SwiftError("the batches ended before train.max_steps: the loader must go on over epochs") from error
-        meter.waited(time.perf_counter() - asked)
-        backend.forward_backward(batch)
-    return backend.step(rate)
-
-
-def _values(result: StepResult, rate: float, meter: Meter, step: int) -> dict[str, float]:
+def _values(result: StepResult, rate: float, meter: Meter, state: TrainerState) -> dict[str, float]:
     return {
         "loss": result.loss,
         "learning_rate": rate,
         "gradient_norm": result.grad_norm,
-        "skipped": result.skipped,
-        **meter.values(step),
+        "skipped": result.refused is not None,
+        **meter.values(state.step),
+        "clips_left_out": float(len(state.exclusions)),
     }
 
 
-def _is_better(value: float | None, best: float | None) -> bool:
-    return value is not None and (best is None or value < best)
+def _tell_slow(report: Mapping[str, Any], parts: _Parts, step: int) -> None:
+    if report.get("slow"):
+        parts.run.event("slow", step, **report)
+        parts.progress.note(f"step {step}: slow ranks: {report['slow']}")
 
 
-def _save(backend: Backend, world: World, run: RunDirectory, train: TrainConfig, state: TrainerState) -> Path:
-    """Save a checkpoint and delete those that are no longer kept; a run taken over by another process saves nothing."""
-    taker = on_first(lambda: run.lease.lost if run.lease else None, world)
-    if taker is not None:
-        raise SwiftError(f"{run.path} was taken over by {taker}: this process ends without saving")
-    began = time.perf_counter()
-    folder = save_checkpoint(run.path, backend, state, world)
-    removed = prune(run.path, train.keep_last, state.best_step, world)
-    run.event("saved", state.step, folder=folder.name, seconds=time.perf_counter() - began, removed=removed)
-    return folder
+def _teller(run: RunDirectory) -> Callable[[str, dict[str, Any]], None]:
+    return lambda kind, values: run.alarm(kind, **values)

@@ -1,47 +1,65 @@
 """The list of a checkpoint's files with sizes and hashes, written last: a folder without a whole one does not count."""
 
 import json
-import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from swiftv2.engine.collective import gather, on_all, on_first
+from swiftv2.engine.collective import gather
 from swiftv2.engine.launch import World
+from swiftv2.engine.shards import Written
 from swiftv2.errors import SwiftError
 from swiftv2.files import read_json, sha256, sync, write_file
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+KINDS = ("permanent", "ephemeral")
 
 
-def write_manifest(folder: Path, world: World) -> None:
-    """Hash and sync every file of the folder, each on the rank that wrote it, then write the manifest (collective)."""
-    names = on_first(lambda: _files(folder), world)
+def write_manifest(folder: Path, kind: str, files: Mapping[str, Written]) -> None:
+    """Write the manifest of a folder whose files are on the disk already, and bring its folders there too.
 
-    def seal() -> dict[str, dict[str, int | str]]:
-        entries: dict[str, dict[str, int | str]] = {}
-        for name in names:
-            if _owner(name, world) == world.rank:
-                path = folder / name
-                sync(path)
-                entries[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
-        return entries
+    Args:
+        folder: the checkpoint.
+        kind: permanent or ephemeral.
+        files: every file of it, by name below the folder.
+    """
+    for below in sorted({(folder / name).parent for name in files} | {folder}):
+        sync(below)
+    entries = {name: one._asdict() for name, one in sorted(files.items())}
+    write_file(folder / MANIFEST, json.dumps({"format": FORMAT, "kind": kind, "files": entries}, indent=1) + "\n")
 
-    parts = on_all(seal, world)
-    files = {name: entry for part in parts for name, entry in sorted(part.items())}
 
-    def write() -> None:
-        for below in sorted({(folder / name).parent for name in files}):
-            sync(below)
-        write_file(folder / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True) + "\n")
+def hash_file(path: Path) -> Written:
+    """Bring a file to the disk, and say what a manifest lists of it."""
+    sync(path)
+    return Written(path.stat().st_size, sha256(path))
 
-    on_first(write, world)
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A manifest, checked for its form.
+
+    Raises:
+        SwiftError: it is missing, damaged or of another version.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise SwiftError(f"{folder / MANIFEST} is missing: the checkpoint was never finished, or was tampered with")
+    manifest = read_json(folder / MANIFEST)
+    files = manifest.get("files")
+    known = manifest.get("format") == FORMAT and manifest.get("kind") in KINDS
+    if not known or not isinstance(files, dict) or not files:
+        raise SwiftError(f"{folder / MANIFEST}: not a manifest of format {FORMAT}: it is damaged or of another version")
+    for name, entry in files.items():
+        inside = ".." not in Path(name).parts and not Path(name).is_absolute()
+        if not inside or not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
+            raise SwiftError(f"{folder / MANIFEST}: the entry of {name!r} is damaged")
+    return manifest
 
 
 def check_sizes(folder: Path) -> str | None:
     """What is visibly wrong with a checkpoint without reading its files: None, or one line that names the file."""
     try:
-        files = _listed(folder)
-        for name, entry in files.items():
+        for name, entry in read_manifest(folder)["files"].items():
             path = folder / name
             if not path.is_file():
                 return f"{path} is missing"
@@ -67,38 +85,18 @@ def check_hashes(folder: Path, world: World | None = None) -> str | None:
         problem = next((p for p in gather(problem, world) if p), None)
     if problem:
         return problem
-    for name, entry in _listed(folder).items():
-        if world is not None and _owner(name, world) != world.rank:
-            continue
-        try:
-            if sha256(folder / name) != entry["sha256"]:
-                problem = f"{folder / name} does not match its hash: it is damaged or was changed"
-        except OSError as error:
-            problem = f"{folder / name}: {error.strerror}"
-        if problem:
-            break
+    problem = _check_content(folder, 0 if world is None else world.rank, 1 if world is None else world.size)
     return problem if world is None else next((p for p in gather(problem, world) if p), None)
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-
-
-def _listed(folder: Path) -> dict[str, dict[str, int | str]]:
-    if not (folder / MANIFEST).is_file():
-        raise SwiftError(f"{folder / MANIFEST} is missing: the checkpoint was never finished, or was tampered with")
-    manifest = read_json(folder / MANIFEST)
-    files = manifest.get("files")
-    if manifest.get("format") != FORMAT or not isinstance(files, dict) or not files:
-        raise SwiftError(f"{folder / MANIFEST}: not a manifest of format {FORMAT}: it is damaged or of another version")
-    for name, entry in files.items():
-        inside = ".." not in Path(name).parts and not Path(name).is_absolute()
-        if not inside or not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
-            raise SwiftError(f"{folder / MANIFEST}: the entry of {name!r} is damaged")
-    return files
-
-
-def _owner(name: str, world: World) -> int:
-    """The rank that wrote a file: DeepSpeed's partitions carry theirs in the name, all others are rank 0's."""
-    found = re.search(r"zero_pp_rank_(\d+)_", name)
-    return int(found.group(1)) % world.size if found else 0
+def _check_content(folder: Path, part: int, parts: int) -> str | None:
+    """Read every `parts`-th file."""
+    try:
+        for name, entry in list(read_manifest(folder)["files"].items())[part::parts]:
+            if sha256(folder / name) != entry["sha256"]:
+                return f"{folder / name} does not match its hash: it is damaged or was changed"
+    except SwiftError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    return None

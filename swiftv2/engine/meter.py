@@ -26,13 +26,19 @@ class Meter:
         """The step has waited for a batch."""
         self._waited += seconds
 
-    def end(self) -> None:
-        """The step is done."""
+    def end(self) -> float:
+        """The step is done; its seconds."""
         now = time.perf_counter()
         self._steps.append((now - self._began, self._waited))
         if self._last_end is not None:
             self._between.append(now - self._last_end)
         self._last_end = now
+        return self._steps[-1][0]
+
+    @property
+    def longest(self) -> float:
+        """Seconds of the longest of the last steps; 0 before the first."""
+        return max((seconds for seconds, _ in self._steps), default=0.0)
 
     def values(self, step: int) -> dict[str, float]:
         """Figures after a step.

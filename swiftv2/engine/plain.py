@@ -1,6 +1,6 @@
 """The reference backend in plain PyTorch: what ZeRO must equal."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from swiftv2.config.engine import EngineConfig
 from swiftv2.config.model import OptimizerConfig
-from swiftv2.engine.backend import Backend, Kind
+from swiftv2.engine.backend import MOMENTS, Backend, Kind, Verdict
 from swiftv2.engine.launch import World
 from swiftv2.engine.optimizer import adamw, set_learning_rate
 
@@ -45,11 +45,11 @@ class PlainBackend(Backend):
                 parameter.data = parameter.data.to(torch.bfloat16)
             self.masters = {name: nn.Parameter(p.detach().float()) for name, p in self.parameters.items()}
         self.optimizer = adamw(self.masters, decay, optimizer)
-
-    @property
-    def layout(self) -> str:
-        """Whole tensors only: no files of its own."""
-        return "plain"
+        # AdamW makes its state in the first step; a checkpoint may be written or read before.
+        for master in self.masters.values():
+            zeros = {kind: torch.zeros_like(master.detach()) for kind in MOMENTS}
+            device = master.device if self.optimizer.defaults["fused"] else "cpu"
+            self.optimizer.state[master] = {"step": torch.tensor(0.0, device=device), **zeros}
 
     def _forward_backward(self, batch: Any) -> Tensor:
         loss: Tensor = self.module(batch)
@@ -68,22 +68,19 @@ class PlainBackend(Backend):
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             parameter.grad = None
 
-    def _step(self, lr: float) -> tuple[float, bool]:
+    def _step(self, lr: float, verdict: Verdict) -> None:
         self._move_gradients()
         gradients = [m.grad for m in self.masters.values() if m.grad is not None]
         if self.world.size > 1:
             self._average(gradients)
         norm = get_total_norm(gradients)
-        grad_norm = norm.item()
-        skipped = not torch.isfinite(norm).item()
-        if not skipped:
+        if not verdict.refuses(norm):
             if self.config.gradient_clipping > 0:
                 clip_grads_with_norm_(self.masters.values(), self.config.gradient_clipping, norm)
             set_learning_rate(self.optimizer, lr)
             self.optimizer.step()
             self._renew()
         self.optimizer.zero_grad()
-        return grad_norm, skipped
 
     def _average(self, gradients: list[Tensor]) -> None:
         flat = torch.cat([g.flatten() for g in gradients]).to(_DTYPES[self.config.communication_dtype])
@@ -98,29 +95,17 @@ class PlainBackend(Backend):
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
 
-    def _tensors(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+    def _held(self, kind: Kind) -> Iterator[tuple[str, int, Tensor]]:
         for name, master in self.masters.items():
-            if kind == "weight":
-                yield name, master.detach().clone()
-            else:
-                state = self.optimizer.state.get(master)
-                yield name, state[kind].clone() if state else torch.zeros_like(master.detach())
+            yield name, 0, (master if kind == "weight" else self.optimizer.state[master][kind]).detach().view(-1)
 
-    @torch.no_grad()
-    def _assign(self, kind: Kind, values: Mapping[str, Tensor]) -> None:
-        for name, master in self.masters.items():
-            value = values[name].to(master.device, torch.float32)
-            if kind == "weight":
-                master.copy_(value)
-            else:
-                self.optimizer.state[master][kind] = value.clone()
+    def _replicated(self) -> bool:
+        return True
 
-    def _finish_assignment(self, adam_steps: int) -> None:
+    def _finish_restore(self, adam_steps: int) -> None:
         for master in self.masters.values():
-            device = master.device if self.optimizer.defaults["fused"] else "cpu"
-            self.optimizer.state[master]["step"] = torch.tensor(float(adam_steps), device=device)
+            self.optimizer.state[master]["step"].fill_(adam_steps)
         self._renew()
 
     def _adam_steps(self) -> int:
-        state = self.optimizer.state.get(next(iter(self.masters.values())))
-        return int(state["step"]) if state else 0
+        return int(self.optimizer.state[next(iter(self.masters.values()))]["step"])

@@ -123,10 +123,16 @@ class RunDirectory:
         """Append one line to `metrics.jsonl`: step, attempt, time, then the values."""
         self._append("metrics.jsonl", {"step": step, "attempt": self.attempt, "time": time.time(), **values})
 
-    def event(self, kind: str, step: int | None = None, **values: Any) -> None:
+    def event(self, kind: str, step: int | None = None, /, **values: Any) -> None:
         """Append one line to `events.jsonl`: step (null outside of steps), attempt, time, event, then the values."""
         line = {"step": step, "attempt": self.attempt, "time": time.time(), "event": kind, **values}
         self._append("events.jsonl", line)
+
+    def alarm(self, kind: str, /, **values: Any) -> None:
+        """Append an event from whatever rank is able to, where the first may be the one that hangs."""
+        self._append(
+            "events.jsonl", {"step": None, "attempt": self.attempt, "time": time.time(), "event": kind, **values}, anyway=True
+        )
 
     def document(self, name: str, values: Mapping[str, Any]) -> None:
         """Write a JSON file of the run directory, whole (rank 0)."""
@@ -148,8 +154,8 @@ class RunDirectory:
                 self.event("failed", error=type(error).__name__, problem=str(error).partition("\n")[0])
         self.close()
 
-    def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        if not self._writes:
+    def _append(self, name: str, line: Mapping[str, Any], *, anyway: bool = False) -> None:
+        if not (self._writes or anyway):
             return
         data = (json.dumps({key: _finite(value) for key, value in line.items()}, allow_nan=False) + "\n").encode()
         try:
@@ -188,13 +194,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of `metrics.jsonl` by step: where a step was done again after a kill, those of its last attempt."""
-    rows = read_lines(path)
-    last: dict[int, int] = {}
-    for row in rows:
-        last[row["step"]] = max(row["attempt"], last.get(row["step"], 0))
-    kept = [row for row in rows if row["attempt"] == last[row["step"]]]
-    return sorted(kept, key=lambda row: row["step"])
+    """Lines of `metrics.jsonl` by step: where a step was done again, after a kill or a rewind, the last of them."""
+    last: dict[int, dict[str, Any]] = {}
+    for row in read_lines(path):
+        if row["attempt"] >= last.get(row["step"], row)["attempt"]:
+            last[row["step"]] = row
+    return [last[step] for step in sorted(last)]
 
 
 def _finite(value: Any) -> Any:

@@ -4,30 +4,28 @@ import argparse
 import contextlib
 import io
 import logging
+import math
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import (
-    lazy_init_hp_params_optimizer_state,
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
+from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.fp16 import unfused_optimizer
+from deepspeed.runtime.zero import stage_1_and_2
+from deepspeed.utils import lazy_init_hp_params_optimizer_state
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from swiftv2.config.engine import EngineConfig
 from swiftv2.config.model import OptimizerConfig
-from swiftv2.engine.backend import MOMENTS, Backend, Kind
-from swiftv2.engine.collective import on_all
+from swiftv2.engine.backend import MOMENTS, Backend, Kind, Verdict
+from swiftv2.engine.collective import on_first
 from swiftv2.engine.launch import World
 from swiftv2.engine.optimizer import adamw, set_learning_rate
 from swiftv2.errors import SwiftError
@@ -109,12 +107,6 @@ class ZeroBackend(Backend):
         # Before this, the groups held the module's parameters; DeepSpeed put its own fp32 ones in their place.
         self._create_state()
 
-    @property
-    def layout(self) -> str:
-        """DeepSpeed's files fit only the stage, precision, world size and version that wrote them."""
-        stage, precision = self.config.zero_stage, self.config.precision
-        return f"deepspeed-{version('deepspeed')}-zero{stage}-{precision}-ranks{self.world.size}"
-
     def generated_config(self) -> dict[str, Any]:
         """DeepSpeed's configuration."""
         return self._generated
@@ -130,24 +122,27 @@ class ZeroBackend(Backend):
         self.engine.backward(loss)
         return loss
 
-    def _step(self, lr: float) -> tuple[float, bool]:
+    def _step(self, lr: float, verdict: Verdict) -> None:
         set_learning_rate(self.engine.optimizer, lr)
         if _unwrapped(self.config):
-            return self._step_unwrapped()
+            self._step_unwrapped(verdict)
+            return
+        # Each of DeepSpeed's optimizers asks this of the norm before it updates, and drops the gradient where it is so.
+        for module in (stage_1_and_2, bf16_optimizer, unfused_optimizer):
+            module.is_invalid_grad_norm = verdict.refuses
         self.engine.step()
-        return float(self.engine.get_global_grad_norm()), not self.engine.was_step_applied()
+        if not self.engine.was_step_applied():
+            verdict.refuses(math.inf)  # an infinity that DeepSpeed found before it came to the norm
 
-    def _step_unwrapped(self) -> tuple[float, bool]:
+    def _step_unwrapped(self, verdict: Verdict) -> None:
         """Our AdamW steps without DeepSpeed's wrapper, which would look at overflow and norm: do so here."""
         norm = get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        skipped = not torch.isfinite(norm).item()
-        if skipped:
+        if verdict.refuses(norm):
             for parameter in self.parameters.values():
                 parameter.grad = None
         elif self.config.gradient_clipping > 0:
             clip_grads_with_norm_(self.parameters.values(), self.config.gradient_clipping, norm)
         self.engine.step()
-        return norm.item(), skipped
 
     def _partitioned(self) -> bool:
         return self.config.zero_stage > 0
@@ -161,13 +156,13 @@ class ZeroBackend(Backend):
         pairs = zip(chain(*owners), chain(*masters), strict=True)
         return {names[id(owner)]: master for owner, master in pairs}
 
-    def _create_state(self, adam_steps: int = 0) -> None:
+    def _create_state(self) -> None:
         """Give AdamW's state its tensors and link them to the parameters, which DeepSpeed does only in the first step."""
         fused = self.optimizer.defaults["fused"]
         for index, group in enumerate(self.optimizer.param_groups):
             for tensor in group["params"]:
                 state = self.optimizer.state[tensor]
-                state["step"] = torch.tensor(float(adam_steps), device=tensor.device if fused else "cpu")
+                state["step"] = torch.tensor(0.0, device=tensor.device if fused else "cpu")
                 for kind in MOMENTS:
                     state.setdefault(kind, torch.zeros_like(tensor.detach()))
             if self._partitioned():
@@ -179,33 +174,25 @@ class ZeroBackend(Backend):
         owners = wrapped.bf16_groups if hasattr(wrapped, "bf16_groups") else wrapped.bit16_groups
         lazy_init_hp_params_optimizer_state(owners[group], partition, self.optimizer.state)
 
-    def _tensors(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+    def _held(self, kind: Kind) -> Iterator[tuple[str, int, Tensor]]:
         if not self._partitioned():
             for name, master in self._masters().items():
-                yield name, (master if kind == "weight" else self.optimizer.state[master][kind]).detach().clone()
+                values = master if kind == "weight" else self.optimizer.state[master][kind]
+                yield name, 0, values.detach().view(-1)
             return
         for name, parameter in self.parameters.items():
-            if kind == "weight":
-                yield name, safe_get_full_fp32_param(parameter)
-            else:
-                yield name, safe_get_full_optimizer_state(parameter, kind)
+            kept = parameter._hp_mapping  # type: ignore[attr-defined]  # noqa: SLF001 (what universal checkpoints read too)
+            if kept is not None:
+                stretch = kept.get_hp_fragment(None if kind == "weight" else kind)
+                yield name, kept.lp_fragment_address.start, stretch.detach().view(-1)
 
-    @torch.no_grad()
-    def _assign(self, kind: Kind, values: Mapping[str, Tensor]) -> None:
-        if not self._partitioned():
-            for name, master in self._masters().items():
-                (master if kind == "weight" else self.optimizer.state[master][kind]).copy_(values[name])
-            return
-        for name, parameter in self.parameters.items():
-            value = values[name].to(parameter.device, torch.float32)
-            if kind == "weight":
-                safe_set_full_fp32_param(parameter, value)
-            else:
-                safe_set_full_optimizer_state(parameter, value, kind)
+    def _replicated(self) -> bool:
+        return not self._partitioned()
 
-    @torch.no_grad()
-    def _finish_assignment(self, adam_steps: int) -> None:
-        self._create_state(adam_steps)
+    def _finish_restore(self, adam_steps: int) -> None:
+        for group in self.optimizer.param_groups:
+            for tensor in group["params"]:
+                self.optimizer.state[tensor]["step"].fill_(adam_steps)
         if self._partitioned():
             self.engine.optimizer.update_lp_params()
         else:
@@ -226,23 +213,22 @@ class ZeroBackend(Backend):
 
         return call
 
-    def _save_native(self, folder: Path) -> None:
+    def save_native(self, folder: Path) -> list[str]:
+        """Write DeepSpeed's own checkpoint as `deepspeed/` (collective)."""
         self._unwritten.clear()
+        on_first(lambda: folder.mkdir(parents=True, exist_ok=True), self.world)
         with _quiet():
             self.engine.save_checkpoint(str(folder), tag=NATIVE, save_latest=False)
+        if self._unwritten:
+            raise SwiftError(f"{folder}: DeepSpeed's files cannot be written ({self._unwritten[0]}): is the disk full?")
+        names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        return [name for name in names if _writer(name) == self.world.rank]
 
-        def check() -> None:
-            if self._unwritten:
-                raise SwiftError(f"{folder}: DeepSpeed's files cannot be written ({self._unwritten[0]}): is the disk full?")
 
-        on_all(check, self.world)
-
-    def _load_native(self, folder: Path) -> bool:
-        with _quiet():
-            self.engine.load_checkpoint(str(folder), tag=NATIVE, load_lr_scheduler_states=False)
-        # The loaded tensors are new ones: link them, as they are, to the parameters.
-        self._create_state(self._adam_steps())
-        return True
+def _writer(name: str) -> int:
+    """The rank that wrote a file: DeepSpeed's partitions carry theirs in the name, all others are rank 0's."""
+    found = re.search(r"zero_pp_rank_(\d+)_", name)
+    return int(found.group(1)) if found else 0
 
 
 def _unwrapped(config: EngineConfig) -> bool:

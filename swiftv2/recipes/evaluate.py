@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,19 @@ class HeldOut:
         self.config, self.data = config, data
         self.objective, self.world, self.run_dir = objective, world, run_dir
 
-    def __call__(self, step: int) -> dict[str, float]:
-        """Score the model and both baselines on the held-out clips (collective)."""
+    def __call__(self, step: int, tick: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Score the model and both baselines on the held-out clips (collective).
+
+        Args:
+            step: of the run.
+            tick: called between batches, on all ranks equally often; it may break the evaluation off by raising.
+        """
         was_training = self.objective.training
         self.objective.eval()
-        loss, share, left_out, scores = self._score()
-        self.objective.train(was_training)
+        try:
+            loss, share, left_out, scores = self._score(tick)
+        finally:
+            self.objective.train(was_training)
         report = scores.report(self.config.run.seed)
         groups = {name: dataclasses.asdict(score) for name, score in report.items()}
         content: dict[str, Any] = {
@@ -73,7 +81,7 @@ class HeldOut:
         return {"packing/imbalance": max(one[0] for one in found) / mean, "packing/shapes": float(max(one[1] for one in found))}
 
     @torch.no_grad()
-    def _score(self) -> tuple[float, float, int, FluctuationScore]:
+    def _score(self, tick: Callable[[], None]) -> tuple[float, float, int, FluctuationScore]:
         """Mean loss and hidden share of the brain over held-out clips, how many are of no use, sums for R2 (collective)."""
         config, world = self.config, self.world
         # Per-voxel scaling hands the model each voxel's mean over the run: then that mean is a baseline too.
@@ -96,6 +104,7 @@ class HeldOut:
         )
         with batches:
             for cpu_batch in batches:
+                tick()
                 batch = cpu_batch.to(world.device)
                 losses, signal, reconstruction = self.objective.clip_losses(batch)
                 hidden = self.objective.hidden(batch)

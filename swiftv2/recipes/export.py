@@ -6,15 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from swiftv2 import weights
 from swiftv2.config.load import load
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.data.samples.splits import Splits
 from swiftv2.data.store.reader import Store
-from swiftv2.engine.backend import WEIGHTS
-from swiftv2.engine.checkpoint import latest, list_checkpoints, verify_checkpoint
+from swiftv2.engine.checkpoint import latest, list_checkpoints, read_weights, verify_checkpoint
 from swiftv2.errors import SwiftError
 from swiftv2.files import read_json, write_file
 from swiftv2.recipes.data import CONTRACT, Data
@@ -82,7 +79,7 @@ def export_checkpoint(run_dir: Path, folder: Path, step: int | None = None) -> P
     verify_checkpoint(found.path)
     config = load(PretrainConfig, run_dir / "config.yaml")
     contract, environment = read_json(run_dir / CONTRACT), read_json(run_dir / "environment.json")
-    state = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(found.path / WEIGHTS).items()}
+    state = {name.removeprefix(PREFIX): tensor for name, tensor in read_weights(found.path).items()}
     made_with = {name: environment[name] for name in ("swiftv2", "python", "packages", "git", "world_size")}
     card: dict[str, Any] = {
         "kind": config.objective,

@@ -1,33 +1,37 @@
 """The loop and its checkpoints in one process: damage, best, stops, ends; many ranks are in test_engine_resume."""
 
+import errno
 import json
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
-from swiftv2.config.engine import EngineConfig, ScheduleConfig, TrainConfig
+from swiftv2.config.engine import EngineConfig, FaultsConfig, ScheduleConfig, TrainConfig
 from swiftv2.config.model import OptimizerConfig
+from swiftv2.engine import saver
 from swiftv2.engine.backend import Backend, build_backend
-from swiftv2.engine.checkpoint import latest, list_checkpoints, load_newest, verify_checkpoint
+from swiftv2.engine.checkpoint import latest, list_checkpoints, load_newest, read_weights, verify_checkpoint
 from swiftv2.engine.launch import World
 from swiftv2.engine.loop import FitResult, fit
 from swiftv2.engine.rundir import RunDirectory, read_lines, read_metrics
+from swiftv2.engine.shards import shard_name
 from swiftv2.engine.stream import Exclusion, Stream
 from swiftv2.errors import SwiftError
 
 sys.path.insert(0, str(Path(__file__).parent / "workers"))
-from toy import DECAY, Batches, Micro, Toy, batches
+from toy import DECAY, Batches, Micro, Toy
 
-Micros = Generator[Micro, None, None]
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 ENGINE = EngineConfig(backend="plain", device="cpu")
+SHARD = shard_name(0, 1)
 
 
 def _backend() -> Backend:
@@ -35,8 +39,22 @@ def _backend() -> Backend:
 
 
 def _stream(samples: int, exclusions: list[Exclusion]) -> Batches:
-    assert not exclusions
-    return batches(samples, ALONE, 1)
+    return Batches(samples, ALONE, 1, exclusions=exclusions)
+
+
+class Hooked(Batches):
+    """Hands every micro-batch, with its number, to a hook before it is used."""
+
+    def __init__(self, hook: Callable[[int, Micro], Micro], samples: int, exclusions: list[Exclusion]) -> None:
+        super().__init__(samples, ALONE, 1, exclusions=exclusions)
+        self.closed, self._hook, self._index = False, hook, -1
+
+    def __next__(self) -> Micro:
+        self._index += 1
+        return self._hook(self._index, super().__next__())
+
+    def close(self) -> None:
+        self.closed = True
 
 
 def _fit(path: Path, max_steps: int, stream: Callable[[int, list[Exclusion]], Stream] = _stream, **options: Any) -> FitResult:
@@ -66,12 +84,13 @@ def _truncate(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "bit": (lambda c: _flip(c / "optimizer.safetensors"), "optimizer.safetensors does not match its hash"),
-    "truncated": (lambda c: _truncate(c / "weights.safetensors"), "weights.safetensors has .* bytes, not"),
+    "bit": (lambda c: _flip(c / SHARD), "rank_0_of_1.safetensors does not match its hash"),
+    "truncated": (lambda c: _truncate(c / SHARD), "rank_0_of_1.safetensors has .* bytes, not"),
+    "missing shard": (lambda c: (c / SHARD).unlink(), "rank_0_of_1.safetensors is missing"),
     "missing": (lambda c: (c / "trainer.json").unlink(), "trainer.json is missing"),
     "no manifest": (lambda c: (c / "manifest.json").unlink(), "manifest.json is missing"),
     "torn manifest": (lambda c: _truncate(c / "manifest.json"), "manifest.json: not valid JSON"),
-    "other manifest": (lambda c: (c / "manifest.json").write_text("{}"), "not a manifest of format 1"),
+    "other manifest": (lambda c: (c / "manifest.json").write_text("{}"), "not a manifest of format 2"),
 }
 
 
@@ -117,12 +136,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(finished: Path, 
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("keep_last", [1, 2])
+@pytest.mark.parametrize("keep_last", [1, 3])
 def test_a_damaged_checkpoint_takes_no_good_ones_place(finished: Path, tmp_path: Path, keep_last: int) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
-    _flip(run / "checkpoints" / "step_8" / "weights.safetensors")
+    _flip(run / "checkpoints" / "step_8" / SHARD)
     _fit(run, 7, train={"save_every": 1, "keep_last": keep_last})
-    assert [c.step for c in list_checkpoints(run)] == [7, 6][:keep_last]
+    assert [c.step for c in list_checkpoints(run)] == [7, 6, 5][: max(keep_last, 2)], "the newest two are always kept"
     for checkpoint in list_checkpoints(run):
         verify_checkpoint(checkpoint.path)
     assert (run / "checkpoints" / "damaged_step_8").is_dir()
@@ -131,7 +150,7 @@ def test_a_damaged_checkpoint_takes_no_good_ones_place(finished: Path, tmp_path:
 def test_with_all_checkpoints_damaged_nothing_begins_afresh(finished: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     for name in ("step_4", "step_8"):
-        _flip(run / "checkpoints" / name / "weights.safetensors")
+        _flip(run / "checkpoints" / name / SHARD)
     with pytest.raises(SwiftError, match=r"no checkpoint is whole .*step_8.*step_4") as caught:
         _fit(run, 8)
     assert "\n" not in str(caught.value)
@@ -155,20 +174,45 @@ def test_another_model_is_refused(finished: Path) -> None:
         load_newest(finished, other, ALONE)
 
 
-def test_a_failed_save_leaves_the_former_ones(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saves_that_fail_are_told_and_leave_the_former_ones(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
 
-    def full(_: Backend, folder: Path) -> None:
-        (folder / "weights.safetensors").write_bytes(b"half")
-        raise SwiftError("no space left on device")
+    def full(path: Path, *_: object) -> NoReturn:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     with monkeypatch.context() as patched:
-        patched.setattr(Backend, "save", full)
-        with pytest.raises(SwiftError, match="no space left"):
-            _fit(run, 12)
+        patched.setattr(saver, "write_shard", full)
+        with pytest.raises(
+            SwiftError, match=r"step 11 could not be saved: .*No space left on device .*; former ones are whole"
+        ):
+            _fit(run, 20, train={"save_every": 1})
+    told = [e["step"] for e in read_lines(run / "events.jsonl") if e["event"] == "save_failed"]
+    assert told == [9, 10, 11], "faults.failed_saves in a row end the run"
     assert [c.step for c in list_checkpoints(run)] == [8, 4]
+    for checkpoint in list_checkpoints(run):
+        verify_checkpoint(checkpoint.path)
     assert _fit(run, 12).step == 12
     assert [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")] == []
+
+
+def test_ephemeral_checkpoints_come_by_the_clock_and_go(tmp_path: Path) -> None:
+    result = _fit(tmp_path, 9, train={"save_every": 5, "save_minutes": 1e-9, "keep_last": 1})
+    assert result.checkpoint == tmp_path / "checkpoints" / "step_9"
+    saved = [(e["step"], e["kind"]) for e in read_lines(tmp_path / "events.jsonl") if e["event"] == "saved"]
+    assert {(5, "permanent"), (9, "permanent")} < set(saved)
+    assert any(kind == "ephemeral" for _, kind in saved)
+    kept = list_checkpoints(tmp_path)
+    assert len(kept) == 2, "the newest two, and the last permanent one is among them"
+    assert (kept[0].step, kept[0].kind) == (9, "permanent")
+
+
+def test_some_permanent_checkpoints_are_kept_for_ever(tmp_path: Path) -> None:
+    _fit(tmp_path, 9, train={"save_every": 1, "keep_last": 1, "keep_every": 3})
+    assert [c.step for c in list_checkpoints(tmp_path)] == [9, 8, 6, 3]
 
 
 def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
@@ -176,20 +220,20 @@ def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
     result = _fit(
         tmp_path,
         12,
-        evaluate=lambda step: {"heldout/loss": scores[step]},
+        evaluate=lambda step, _: {"heldout/loss": scores[step]},
         best_metric="heldout/loss",
         train={"keep_last": 1, "save_every": 3},
     )
     assert result.values["heldout/loss"] == 2.0
-    assert [c.step for c in list_checkpoints(tmp_path)] == [12, 4]
+    assert [c.step for c in list_checkpoints(tmp_path)] == [12, 9, 4]
     assert list_checkpoints(tmp_path)[0].trainer().best_value == 1.0
     assert [e["removed"] for e in read_lines(tmp_path / "events.jsonl") if e["event"] == "saved"] == [
         [],
         [],
         [2],
         [3],
+        [],
         [6],
-        [9],
     ]
     rows = {row["step"]: row for row in read_metrics(tmp_path / "metrics.jsonl")}
     assert {s: row["heldout/loss"] for s, row in rows.items() if "heldout/loss" in row} == scores
@@ -197,17 +241,13 @@ def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_stops_after_the_step_and_the_run_goes_on(finished: Path, tmp_path: Path, number: signal.Signals) -> None:
-    def interrupted(samples: int, exclusions: list[Exclusion]) -> Batches:
-        def some() -> Micros:
-            for index, batch in enumerate(_stream(samples, exclusions)):
-                if index == 2:
-                    os.kill(os.getpid(), number)
-                yield batch
-
-        return Batches(some())
+    def interrupt(index: int, batch: Micro) -> Micro:
+        if index == 2:
+            os.kill(os.getpid(), number)
+        return batch
 
     former = signal.getsignal(number)
-    result = _fit(tmp_path, 8, interrupted)
+    result = _fit(tmp_path, 8, partial(Hooked, interrupt))
     assert (result.step, result.stopped_early, result.exit_status) == (3, True, 75)
     assert signal.getsignal(number) is former
     assert [c.step for c in list_checkpoints(tmp_path)] == [3]
@@ -216,61 +256,156 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on(finished: Path, tmp_p
     assert losses[0] == losses[1]
 
 
-def test_a_poisoned_batch_is_skipped_and_written_down(tmp_path: Path) -> None:
-    def poisoned(samples: int, exclusions: list[Exclusion]) -> Batches:
-        def some() -> Micros:
-            for index, (inputs, targets) in enumerate(_stream(samples, exclusions)):
-                yield inputs, targets * float("nan") if index == 3 else targets
+def test_a_signal_in_an_evaluation_breaks_it_off_and_it_is_made_up_for(tmp_path: Path) -> None:
+    seen: list[int] = []
 
-        return Batches(some())
+    def evaluate(step: int, tick: Callable[[], None]) -> dict[str, float]:
+        if not seen:
+            os.kill(os.getpid(), signal.SIGTERM)
+        seen.append(step)
+        tick()
+        return {"heldout/loss": float(step)}
 
-    _fit(tmp_path, 6, poisoned)
-    rows = {row["step"]: row for row in read_metrics(tmp_path / "metrics.jsonl")}
+    assert _fit(tmp_path, 4, evaluate=evaluate, best_metric="heldout/loss").exit_status == 75
+    assert [c.step for c in list_checkpoints(tmp_path)] == [2]
+    assert _fit(tmp_path, 4, evaluate=evaluate, best_metric="heldout/loss").exit_status == 0
+    assert seen == [2, 2, 4]
+    values = {row["step"]: row.get("heldout/loss") for row in read_metrics(tmp_path / "metrics.jsonl")}
+    assert values[2] == 2.0
+    assert values[4] == 4.0
+    assert list_checkpoints(tmp_path)[0].trainer().best_step == 2
+
+
+def test_a_stop_that_was_asked_before_the_first_step_loses_nothing(tmp_path: Path) -> None:
+    def begun(samples: int, exclusions: list[Exclusion]) -> Batches:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return _stream(samples, exclusions)
+
+    result = _fit(tmp_path, 4, begun)
+    assert (result.step, result.exit_status) == (0, 75)
+    assert _fit(tmp_path, 4).step == 4
+
+
+def test_the_time_limit_stops_with_a_checkpoint(tmp_path: Path) -> None:
+    result = _fit(tmp_path, 4, train={"time_limit_minutes": 1e-3})
+    assert result.exit_status == 75
+    stopped = next(e for e in read_lines(tmp_path / "events.jsonl") if e["event"] == "stopped")
+    assert stopped["signal"] == "time limit"
+
+
+def _poisoned(steps: Sequence[int]) -> Callable[[int, list[Exclusion]], Stream]:
+    """The fourth clip of each of these steps has targets that are not finite."""
+    clips = {8 * (step - 1) + 3: float("nan") for step in steps}
+    return lambda samples, exclusions: Batches(samples, ALONE, 1, exclusions=exclusions, poison=clips)
+
+
+def _weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return read_weights(run / "checkpoints" / f"step_{step}")
+
+
+def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_poisoned_step_is_as_if_it_had_been_passed_over(tmp_path: Path) -> None:
+    """Bit for bit, and its samples are written down."""
+    refused, passed_over = tmp_path / "refused", tmp_path / "passed_over"
+    _fit(refused, 8, _poisoned([4]))
+    _fit(passed_over, 8, train={"skip_steps": [4]})
+    rows = {row["step"]: row for row in read_metrics(refused / "metrics.jsonl")}
     assert [step for step, row in rows.items() if row["skipped"]] == [4]
     assert rows[4]["loss"] is None
     assert rows[6]["loss"] is not None
-    assert [e["step"] for e in read_lines(tmp_path / "events.jsonl") if e["event"] == "skipped"] == [4]
+    (told,) = [e for e in read_lines(refused / "events.jsonl") if e["event"] == "skipped"]
+    assert (told["step"], told["samples"]) == (4, 8)
+    assert "loss is not finite" in told["reason"]
+    assert {one["run"] for one in told["worst"]} == {f"r{clip}" for clip in range(24, 32)}
+    assert _same(_weights(refused, 8), _weights(passed_over, 8))
+
+
+def test_a_spike_is_refused_and_written_down(tmp_path: Path) -> None:
+    faults = FaultsConfig(spike_window=8, spike_sigma=6.0)
+    spike = {8 * 11 + 2: 1e4}
+    stream = lambda samples, exclusions: Batches(samples, ALONE, 1, exclusions=exclusions, poison=spike)  # noqa: E731
+    _fit(tmp_path / "refused", 16, stream, faults=faults)
+    _fit(tmp_path / "passed_over", 16, faults=faults, train={"skip_steps": [12]})
+    (told,) = [e for e in read_lines(tmp_path / "refused" / "events.jsonl") if e["event"] == "skipped"]
+    assert told["step"] == 12
+    assert "mean + 6 sigma of 8 steps" in told["reason"]
+    assert _same(_weights(tmp_path / "refused", 16), _weights(tmp_path / "passed_over", 16))
+
+
+def test_refused_steps_in_a_row_take_the_run_back_without_their_samples(tmp_path: Path) -> None:
+    """As a clean run that was told to leave those samples out: bit for bit."""
+    rewound, told = tmp_path / "rewound", tmp_path / "told"
+    _fit(rewound, 12, _poisoned([6, 7, 8]))
+    (back,) = [e for e in read_lines(rewound / "events.jsonl") if e["event"] == "rewound"]
+    assert (back["step"], back["refused"], back["samples"]) == (4, [6, 8], 24)
+    left_out = list_checkpoints(rewound)[0].trainer().exclusions
+    assert left_out == [Exclusion(clip, clip, "rewound") for clip in range(40, 64)]
+    _fit(told, 12, lambda samples, exclusions: _stream(samples, exclusions or left_out))
+    assert _same(_weights(rewound, 12), _weights(told, 12))
+    losses = [[row["loss"] for row in read_metrics(run / "metrics.jsonl")] for run in (rewound, told)]
+    assert losses[0] == losses[1], "of steps done again the last line counts"
+
+
+def test_checkpoints_ahead_of_a_rewind_are_gone_before_it_goes_on(tmp_path: Path) -> None:
+    _fit(tmp_path, 9, _poisoned([6, 7, 8]), train={"save_every": 1, "keep_last": 5})
+    steps = [e["step"] for e in read_lines(tmp_path / "events.jsonl") if e["event"] == "saved"]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8, 9] or steps == [1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9]
+    assert all(c.trainer().rewinds == 1 for c in list_checkpoints(tmp_path) if c.step >= 5)
+
+
+def test_a_run_that_does_not_recover_ends_with_a_diagnosis(tmp_path: Path) -> None:
+    def nan(samples: int, exclusions: list[Exclusion]) -> Stream:
+        poison = dict.fromkeys([*range(40, 200), *range(100_000, 100_200)], float("nan"))
+        return Batches(samples, ALONE, 1, exclusions=exclusions, poison=poison)
+
+    with pytest.raises(SwiftError, match=r"steps 6 to 8 were refused .*went back 2 times.*diagnosis.json") as caught:
+        _fit(tmp_path, 12, nan, faults=FaultsConfig(most_rewinds=2))
+    assert "\n" not in str(caught.value)
+    diagnosis = json.loads((tmp_path / "diagnosis.json").read_text())
+    assert diagnosis["rewinds"] == 2
+    assert [one["step"] for one in diagnosis["refused"]] == [6, 7, 8]
+    assert len(diagnosis["last_accepted"]) == 5
+
+
+def test_without_a_checkpoint_before_them_refused_steps_end_the_run(tmp_path: Path) -> None:
+    with pytest.raises(SwiftError, match="no checkpoint from before them"):
+        _fit(tmp_path, 8, _poisoned([1, 2, 3]))
 
 
 def test_batches_that_end_are_an_error_and_are_closed(tmp_path: Path) -> None:
-    closed = []
+    opened: list[Hooked] = []
 
     def short(samples: int, exclusions: list[Exclusion]) -> Batches:
-        def some() -> Micros:
-            stream = _stream(samples, exclusions)
-            try:
-                yield next(stream)
-                yield next(stream)
-            finally:
-                closed.append(True)
+        def end(index: int, batch: Micro) -> Micro:
+            if index == 2:
+                raise StopIteration
+            return batch
 
-        return Batches(some())
+        opened.append(Hooked(end, samples, exclusions))
+        return opened[-1]
 
     with pytest.raises(SwiftError, match="the batches ended before"):
         _fit(tmp_path, 5, short)
-    assert closed == [True]
+    assert [one.closed for one in opened] == [True]
 
 
 class Leaky(Batches):
     """Finds the sample 5 of no use in the step that ends at position 24; takes what is agreed."""
 
-    def __init__(self, micro_batches: Micros, exclusions: list[Exclusion]) -> None:
-        super().__init__(micro_batches)
-        self.exclusions = [(clip, position) for clip, position in exclusions]
-        self._handed = 0
+    handed = 0
 
     def __next__(self) -> Micro:
-        self._handed += 1
+        self.handed += 1
         return super().__next__()
 
     def faulty(self) -> bool:
-        return self._handed == 3
+        return self.handed == 3
 
     def faults(self) -> list[dict[str, Any]]:
         return [{"clip": 5, "position": 16, "run": "r05", "reason": "the checksum fails"}] if self.faulty() else []
-
-    def exclude(self, exclusions: Sequence[Exclusion]) -> None:
-        self.exclusions += exclusions
 
 
 def test_what_is_of_no_use_is_written_down_counted_and_kept_by_checkpoints(tmp_path: Path) -> None:
@@ -278,7 +413,7 @@ def test_what_is_of_no_use_is_written_down_counted_and_kept_by_checkpoints(tmp_p
 
     def leaky(samples: int, exclusions: list[Exclusion]) -> Batches:
         begun.append(exclusions)
-        return Leaky(batches(samples, ALONE, 1)._micro_batches, exclusions)
+        return Leaky(samples, ALONE, 1, exclusions=exclusions)
 
     _fit(tmp_path, 5, leaky)
     told = [e for e in read_lines(tmp_path / "events.jsonl") if e["event"] == "quarantined"]
@@ -286,7 +421,7 @@ def test_what_is_of_no_use_is_written_down_counted_and_kept_by_checkpoints(tmp_p
     counts = {row["step"]: row["clips_left_out"] for row in read_metrics(tmp_path / "metrics.jsonl")}
     assert counts == {1: 0, 2: 0, 3: 0, 4: 1, 5: 1}
     _fit(tmp_path, 6, leaky)
-    assert begun == [[], [(5, 16)]]
+    assert begun == [[], [(5, 16, "unusable")]]
 
 
 def test_another_seed_is_another_run(finished: Path, tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from ranks import Launcher, kill, swiftv2_run, swiftv2_started
-from safetensors.torch import load_file
 
 from swiftv2 import weights
 from swiftv2.cli import main
 from swiftv2.config.data import GridConfig
 from swiftv2.data.changes.build import build
 from swiftv2.data.store.reader import Store
+from swiftv2.engine.checkpoint import read_weights
 from swiftv2.engine.rundir import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -62,7 +62,7 @@ def losses(run: Path) -> list[float]:
 
 
 def final_weights(run: Path, step: int = 8) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"step_{step}" / "weights.safetensors")
+    return read_weights(run / "checkpoints" / f"step_{step}")
 
 
 def test_two_ranks_killed_at_a_random_step_go_on_bit_for_bit(config: Path, real_store: Path, tmp_path: Path) -> None:
@@ -130,9 +130,7 @@ def test_a_run_leaves_all_that_the_contract_names_and_exports_its_weights(
     for name in ("config.yaml", "environment.json", "metrics.jsonl", "events.jsonl", "resume.sh", "evaluation.json"):
         assert (run / name).is_file(), name
     checkpoint = run / "checkpoints" / "step_8"
-    assert {"manifest.json", "trainer.json", "weights.safetensors", "optimizer.safetensors", "deepspeed"} <= {
-        p.name for p in checkpoint.iterdir()
-    }
+    assert {"manifest.json", "trainer.json", "state", "deepspeed"} <= {p.name for p in checkpoint.iterdir()}
     # Real subjects are not drawn unasked: the figure shows numbers only.
     assert (run / "figures" / "pretraining.png").is_file()
     assert not (run / "figures" / "reconstruction.npz").exists()
@@ -160,14 +158,14 @@ def test_a_run_leaves_all_that_the_contract_names_and_exports_its_weights(
     assert first["loss"] < losses(run)[0] - 0.001, "it starts from what was learned, not from nothing"
     assert first["step"] == 1
 
-    damaged = checkpoint / "weights.safetensors"
+    damaged = checkpoint / "state" / "rank_0_of_2.safetensors"
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
     verified = swiftv2_run(["checkpoint", "verify", str(run), "--json"])
     assert verified.returncode == 1
     problems = {c["step"]: c["problem"] for c in json.loads(verified.stdout)["checkpoints"]}
-    assert "weights.safetensors" in problems[8]
+    assert "rank_0_of_2.safetensors" in problems[8]
     assert problems[6] is None
 
 

@@ -7,11 +7,11 @@ import nibabel as nib
 import nitime
 import numpy as np
 import pytest
-from safetensors.torch import load_file
 from test_pretrain import CONFIG, losses, pretrain
 
 from swiftv2.config.data import GridConfig
 from swiftv2.data.changes.build import build
+from swiftv2.engine.checkpoint import read_weights
 from swiftv2.engine.rundir import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,7 @@ def test_subjects_masks_train_the_same_on_two_ranks(config: Path, uneven_brains:
 
 def test_the_template_is_in_the_exported_weights(config: Path, real_store: Path, tmp_path: Path) -> None:
     pretrain(config, real_store, tmp_path / "run", "model.packing=template", "train.max_steps=2", "train.save_every=2")
-    tensors = load_file(tmp_path / "run" / "checkpoints" / "step_2" / "weights.safetensors")
+    tensors = read_weights(tmp_path / "run" / "checkpoints" / "step_2")
     template = tensors["simmim.encoder.template"]
     assert template.shape == (5, 6, 5)
     assert bool(template.any())

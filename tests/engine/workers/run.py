@@ -5,14 +5,15 @@ import sys
 from pathlib import Path
 
 import yaml
-from toy import DECAY, GLOBAL_BATCH, Toy, batches
+from toy import DECAY, GLOBAL_BATCH, Batches, Toy
 
-from swiftv2.config.engine import EngineConfig, ScheduleConfig, TrainConfig, split_batch
+from swiftv2.config.engine import EngineConfig, FaultsConfig, ScheduleConfig, TrainConfig, split_batch
 from swiftv2.config.model import OptimizerConfig
 from swiftv2.engine import launch
 from swiftv2.engine.backend import build_backend
 from swiftv2.engine.loop import fit
 from swiftv2.engine.rundir import RunDirectory
+from swiftv2.engine.stream import Exclusion
 
 
 def main() -> int:
@@ -31,11 +32,19 @@ def main() -> int:
             backend=backend,
             world=world,
             run=run,
-            batches=lambda samples, _: batches(samples, world, accumulation, options.get("seconds", 0.0)),
+            batches=lambda samples, exclusions: Batches(
+                samples,
+                world,
+                accumulation,
+                options.get("seconds", 0.0),
+                exclusions or [Exclusion(*one) for one in options.get("exclude", [])],
+                {int(clip): factor for clip, factor in options.get("poison", {}).items()},
+            ),
             train=train,
             schedule=schedule,
             peak_lr=optimizer.lr,
             seed=0,
+            faults=FaultsConfig(**options.get("faults", {})),
         )
         backend.close()
     launch.stop()

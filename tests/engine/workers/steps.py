@@ -1,7 +1,9 @@
 """Started by every launcher: 30 steps under each configuration given, then what states must survive; rank 0 reports."""
 
 import json
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from swiftv2.config.engine import EngineConfig
 from swiftv2.config.model import OptimizerConfig
 from swiftv2.engine import launch
 from swiftv2.engine.backend import Backend, build_backend
-from swiftv2.engine.collective import on_first
+from swiftv2.engine.collective import on_all, on_first
 from swiftv2.engine.launch import World
+from swiftv2.engine.shards import SavedState, Snapshot, shard_name, write_shard
 from swiftv2.errors import SwiftError
 
 RATE = 1e-2
@@ -40,33 +43,44 @@ def train(backend: Backend, world: World, begin: int, count: int) -> list[list[f
     return rows
 
 
+def save(backend: Backend, folder: Path) -> None:
+    """What a checkpoint holds of the backend, and its own files."""
+    shapes, world = backend.shapes(), backend.world
+    taken = Snapshot().take(backend.stretches(), lambda: None)
+    shard = folder / shard_name(world.rank, world.size)
+    on_all(lambda: write_shard(shard, taken, {key: shapes[key] for key, _, _ in taken}, backend.adam_steps), world)
+    backend.save_native(folder)
+
+
 def weights(backend: Backend) -> dict[str, list[float]]:
-    return {name: tensor.flatten().tolist() for name, tensor in backend.full_state().items()}
+    folder = Path(on_first(tempfile.mkdtemp, backend.world))
+    save(backend, folder)
+    with SavedState(folder) as saved:
+        found = {name: tensor.flatten().tolist() for name, tensor in saved.weights().items()}
+    on_all(lambda: None, backend.world)
+    on_first(lambda: shutil.rmtree(folder), backend.world)
+    return found
 
 
 def survival(settings: Settings, world: World, folder: Path) -> dict[str, Any]:
     """Save after 5 steps and go on; load into a fresh backend and go on: both must stay together."""
     first = build(settings, world)
     train(first, world, 0, 5)
-    on_first(lambda: folder.mkdir(parents=True), world)
-    first.save(folder)
+    save(first, folder)
     with torch.no_grad():  # as an evaluation does, past the backend
         first.module(next(batches(0, world, 1)))
     undisturbed = train(first, world, 5, 4)
     expected = weights(first)
-    layout = first.layout
     first.close()
-    report: dict[str, Any] = {"undisturbed": undisturbed, "expected": expected}
-    for name, claimed in (("native", layout), ("whole", "another layout")):
-        second = build(settings, world)
-        second.load(folder, claimed)
-        report[name] = {"rows": train(second, world, 5, 4), "weights": weights(second)}
-        second.close()
-    return report
+    second = build(settings, world)
+    second.restore(folder)
+    resumed = {"rows": train(second, world, 5, 4), "weights": weights(second)}
+    second.close()
+    return {"undisturbed": undisturbed, "expected": expected, "resumed": resumed}
 
 
 def poison(settings: Settings, world: World) -> dict[str, Any]:
-    """A step whose gradient is not finite changes nothing; the next one goes on."""
+    """A step whose gradient is not finite, and one that is refused, change nothing; the next one goes on."""
     backend = build(settings, world)
     train(backend, world, 0, 2)
     before = weights(backend)
@@ -76,11 +90,16 @@ def poison(settings: Settings, world: World) -> dict[str, Any]:
     backend.forward_backward((inputs, targets))
     result = backend.step(RATE)
     after = weights(backend)
+    backend.forward_backward(next(batches(0, world, 1)))
+    refused = backend.step(RATE, lambda loss, norm: f"{loss > 0 and norm > 0}")
+    still = weights(backend)
     row = train(backend, world, 3, 1)[0]
     backend.close()
     return {
-        "skipped": result.skipped,
+        "skipped": result.refused is not None,
         "unchanged": before == after,
+        "refused": refused.refused,
+        "unchanged by refusal": before == still,
         "loss_after": row[0],
         "moved": weights(backend) != after,
     }
