@@ -1,7 +1,9 @@
 """Opening a store for a run: which subjects, which clips, which cohorts; the same again whenever the run goes on."""
 
 import hashlib
+import os
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ from swiftv2.data.samples.batch import RunTable
 from swiftv2.data.samples.clips import ClipIndex, check_repetition_times, index_clips, select_runs
 from swiftv2.data.samples.mixing import Mixture
 from swiftv2.data.samples.order import Exclusion, SampleOrder
+from swiftv2.data.samples.patience import Absence
 from swiftv2.data.samples.reading import Reading
 from swiftv2.data.samples.splits import Splits, split_subjects
 from swiftv2.data.store.reader import Store
+from swiftv2.engine.place import find_place
 from swiftv2.errors import SwiftError, UsageError
 from swiftv2.files import read_json
 
@@ -37,6 +41,7 @@ class Data:
         table: what batches say of runs.
         mixture: how cohorts are mixed; None for proportional.
         withdrawn_train, withdrawn_heldout: clips whose data are gone.
+        absence: what this rank says while the store cannot be reached.
     """
 
     store: Store
@@ -48,8 +53,9 @@ class Data:
     mixture: Mixture | None
     withdrawn_train: tuple[int, ...]
     withdrawn_heldout: tuple[int, ...]
+    absence: Absence
 
-    def order(self, seed: int, samples: int, exclusions: list[Any]) -> SampleOrder:
+    def order(self, seed: int, samples: int, exclusions: Iterable[Sequence[Any]]) -> SampleOrder:
         """The order of training samples of a run that goes on after so many samples.
 
         What was withdrawn since is excluded from there on.
@@ -57,9 +63,9 @@ class Data:
         Args:
             seed: of the run.
             samples: consumed so far.
-            exclusions: (clip, position) pairs of the checkpoint.
+            exclusions: clip, position and cause (`unusable` where it is not said) of each, as checkpoints keep them.
         """
-        known = [Exclusion(int(clip), int(position)) for clip, position in exclusions]
+        known = [Exclusion(*one) for one in exclusions]
         gone = [Exclusion(clip, samples) for clip in self.withdrawn_train]
         return SampleOrder(seed, len(self.train), [*known, *gone], self.mixture, self.table.cohort[self.train.run])
 
@@ -72,6 +78,8 @@ class Data:
             pin=device.type == "cuda",
             on_bad_clip=config.on_bad_clip,
             table=self.table,
+            patience_seconds=config.patience_seconds,
+            absence=self.absence,
         )
 
     def composition(self, order: SampleOrder, epoch: int) -> dict[str, int]:
@@ -153,7 +161,8 @@ def open_data(config: PretrainConfig, run_dir: Path | None = None) -> Data:
     for part, clips, withdrawn in zip(("training", "held-out"), (train, heldout), gone, strict=True):
         if len(withdrawn) == len(clips):
             raise SwiftError(f"{run_dir}: all its {part} subjects were withdrawn since it was begun: begin another run.dir")
-    return Data(store, version, splits, train, heldout, table, mixture, *gone)
+    absence = Absence(f"rank {find_place(os.environ).rank}: store {store.path}")
+    return Data(store, version, splits, train, heldout, table, mixture, gone[0], gone[1], absence)
 
 
 def _begun(run_dir: Path | None, store: Store) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ from swiftv2.models.blocks import compile_blocks
 from swiftv2.models.geometry import patches_with_brain
 from swiftv2.recipes.data import Data, open_data
 from swiftv2.recipes.evaluate import HeldOut
+from swiftv2.recipes.exclusions import EXCLUSIONS, read_exclusions, write_exclusions
 from swiftv2.recipes.export import input_contract, write_contract
 from swiftv2.recipes.objective import Objective, template_mask
 from swiftv2.recipes.pictures import save_reconstruction
@@ -50,12 +51,13 @@ def pretrain(config: PretrainConfig) -> FitResult:
         SwiftError: anything that the user can mend; before a device is taken where that is possible.
     """
     data = open_data(config, config.run.dir)
+    asked = _read_asked(config, data)
     start_from = _load_start(config, data) if config.run.init_from else None
     place = find_place(os.environ)
     micro_batch, accumulation = split_batch(config.train.global_batch, place.size, config.train.micro_batch)
     world = launch.start(config.engine)
     try:
-        _check_agreement(data, world)
+        _check_agreement(data, asked, world)
         with RunDirectory.open(config.run.dir, dump(config), world) as run:
             objective = Objective(config, torch.as_tensor(data.store.voxels).long(), data.store.grid.shape)
             if start_from is not None and not list_checkpoints(run.path):
@@ -82,7 +84,13 @@ def pretrain(config: PretrainConfig) -> FitResult:
                 world=world,
                 run=run,
                 batches=lambda samples, exclusions: _stream(
-                    config, data, run, world, (micro_batch, accumulation), samples, exclusions
+                    config,
+                    data,
+                    run,
+                    world,
+                    (micro_batch, accumulation),
+                    samples,
+                    exclusions if samples else [*exclusions, *asked],
                 ),
                 train=config.train,
                 schedule=config.schedule,
@@ -131,17 +139,34 @@ def _stream(
             plain = data.order(config.run.seed, 0, [])
             run.event("epoch", epoch=epoch, samples=data.composition(plain, epoch))
 
-    return DeviceStream(reader, world.device, config.data.quarantine_limit, len(data.withdrawn_train), begin_epoch)
+    def noted(left_out: list[Exclusion]) -> None:
+        on_first(lambda: write_exclusions(run.path / EXCLUSIONS, data, left_out), world)
+
+    limit, gone = config.data.quarantine_limit, data.withdrawn_train
+    return DeviceStream(reader, world.device, limit, gone, begin_epoch, noted, remembered=micro_batches[1])
 
 
-def _check_agreement(data: Data, world: World) -> None:
-    """Make sure that all ranks opened the same version of the store (collective).
+def _read_asked(config: PretrainConfig, data: Data) -> list[Exclusion]:
+    """What is left out from the beginning; a run that goes on has it in its checkpoint.
+
+    Raises:
+        UsageError: `data.exclude` does not fit the data.
+    """
+    if config.data.exclude is None or list_checkpoints(config.run.dir):
+        return []
+    return read_exclusions(config.data.exclude, data)
+
+
+def _check_agreement(data: Data, asked: list[Exclusion], world: World) -> None:
+    """Make sure that all ranks opened the same version of the store, and leave out the same (collective).
 
     Raises:
         SwiftError: on every rank, where they did not.
     """
-    if len(set(gather(data.signature(), world))) > 1:
-        raise SwiftError(f"store {data.store.path} changed while the ranks opened it: give the same command again")
+    if len(set(gather((data.signature(), tuple(asked)), world))) > 1:
+        raise SwiftError(
+            f"store {data.store.path}, or the file data.exclude, changed while the ranks opened it: give the same command again"
+        )
 
 
 def _load_start(config: PretrainConfig, data: Data) -> dict[str, Tensor]:

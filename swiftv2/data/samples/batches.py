@@ -3,7 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -17,7 +17,8 @@ from swiftv2.data import keyed
 from swiftv2.data.samples.batch import Batch, RunTable
 from swiftv2.data.samples.clips import ClipIndex, spread_clips
 from swiftv2.data.samples.order import Exclusion, SampleOrder, rank_positions
-from swiftv2.data.samples.reading import READING, BadClipError, ClipReader, MaskKey, Reading
+from swiftv2.data.samples.patience import ClosedError, Patience
+from swiftv2.data.samples.reading import READING, BadClipError, ClipReader, MaskKey, Reading, Stretch
 from swiftv2.data.samples.sources import RunSource
 from swiftv2.errors import RankError, SwiftError
 
@@ -59,7 +60,10 @@ class _Pending(NamedTuple):
 
 
 class Prefetcher:
-    """Reads requested micro-batches with threads, some ahead, and hands them over in the order of the requests."""
+    """Reads requested micro-batches with threads, some ahead, and hands them over in the order of the requests.
+
+    Reads of a source that cannot be reached wait for it. `close` may be called from another thread than `next`.
+    """
 
     def __init__(
         self,
@@ -79,7 +83,8 @@ class Prefetcher:
         self._on_bad_clip = reading.on_bad_clip
         self._prefetch, self._most_bytes = reading.prefetch, reading.prefetch_mb << 20
         self._most_faults = most_faults
-        self._lock = threading.Lock()
+        self._patience = Patience(reading.patience_seconds, reading.absence)
+        self._lock, self._queue = threading.Lock(), threading.Lock()
         self._found: set[int] = set()
         self._faults: list[Fault] = []
         self._pending: deque[_Pending] = deque()
@@ -92,21 +97,26 @@ class Prefetcher:
         """The next micro-batch.
 
         Raises:
-            StopIteration: no request is left.
+            StopIteration: no request is left, or the reader is closed.
             SwiftError: a clip cannot be read; names run and frames.
         """
-        self._submit()
-        if not self._pending:
-            raise StopIteration
-        pending = self._pending.popleft()
-        self._submit()
-        for read in pending.reads:
-            self._faults += read.result()
+        with self._queue:
+            self._submit()
+            if not self._pending:
+                raise StopIteration
+            pending = self._pending.popleft()
+            self._submit()
+        try:
+            for read in pending.reads:
+                self._faults += read.result()
+        except (ClosedError, CancelledError):
+            raise StopIteration from None
         return pending.batch
 
     def ready(self) -> bool:
         """Whether the next micro-batch is there, so that `next` would not wait."""
-        return bool(self._pending) and all(read.done() for read in self._pending[0].reads)
+        with self._queue:
+            return bool(self._pending) and all(read.done() for read in self._pending[0].reads)
 
     def faults(self) -> list[Fault]:
         """What was found unusable in the batches handed over since this was last asked (`quarantine`)."""
@@ -114,9 +124,11 @@ class Prefetcher:
         return found
 
     def close(self) -> None:
-        """Drop what was read ahead and end the threads; a second call does nothing."""
-        self._pending.clear()
-        self._requests = iter(())
+        """Drop what was read ahead, end all waiting, and end the threads; a second call does nothing."""
+        self._patience.close()
+        with self._queue:
+            self._pending.clear()
+            self._requests = iter(())
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> Self:
@@ -124,6 +136,10 @@ class Prefetcher:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def stretch(self, clip: int) -> Stretch:
+        """Where a clip lies."""
+        return self._reader.stretch(clip)
 
     def _submit(self) -> None:
         """Read ahead, as many micro-batches and as many bytes as are allowed; one always."""
@@ -143,13 +159,13 @@ class Prefetcher:
         faults: list[Fault] = []
         while True:
             try:
-                self._reader.fill(batch, place)
+                self._patience.read(lambda: self._reader.fill(batch, place))
             except SwiftError as error:
                 raise RankError(str(error)) from error
             except BadClipError as bad:
                 if self._on_bad_clip == "fail":
                     raise RankError(str(bad)) from bad
-                fault = Fault(bad.clip, request.step_first, bad.run, bad.first, bad.last, bad.reason)
+                fault = Fault(bad.clip, request.step_first, *bad.stretch, bad.reason)
                 if batch.weight[place] > 0:
                     faults.append(fault)
                     self._count(fault)

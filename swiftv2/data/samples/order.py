@@ -25,7 +25,9 @@ class Exclusion(NamedTuple):
     clip: int
     """Clip id."""
     position: int
-    """First position of the global order (a step's first sample) from which the exclusion holds."""
+    """First position of the global order from which the exclusion holds: of a clip of no use, its step's first sample."""
+    cause: str = "unusable"
+    """Why; it is kept, and changes no order."""
 
 
 class SampleOrder:
@@ -58,23 +60,24 @@ class SampleOrder:
         self.mixture = mixture
         self.cohort = np.zeros(clips, dtype=np.int64) if cohort is None else cohort
         self._members: dict[int, Integers] = {}
-        self._since: dict[int, int] = {}
+        self._since: dict[int, Exclusion] = {}
         self._left_out = np.empty(0, dtype=np.int64)
         self.exclude(exclusions)
         self._epochs: dict[int, tuple[Integers, Integers]] = {}
 
     def exclude(self, exclusions: Iterable[Exclusion]) -> None:
-        """Add exclusions; of two of one clip the earlier holds."""
-        for clip, position in exclusions:
-            if not 0 <= clip < self.clips:
-                raise ValueError(f"there is no clip {clip} to exclude; clips are 0 to {self.clips - 1}")
-            self._since[clip] = min(position, self._since.get(clip, position))
+        """Add exclusions; of two of one clip the earlier holds, of two from one position the first."""
+        for one in exclusions:
+            if not 0 <= one.clip < self.clips:
+                raise ValueError(f"there is no clip {one.clip} to exclude; clips are 0 to {self.clips - 1}")
+            if not self._excluded(one.clip, one.position):
+                self._since[one.clip] = one
         self._left_out = np.sort(np.fromiter(self._since, dtype=np.int64, count=len(self._since)))
 
     @property
     def exclusions(self) -> tuple[Exclusion, ...]:
         """All exclusions, by clip."""
-        return tuple(Exclusion(clip, position) for clip, position in sorted(self._since.items()))
+        return tuple(self._since[clip] for clip in sorted(self._since))
 
     def clips_at(self, positions: Integers) -> Integers:
         """Clip id at each position, same shape; see `samples_at`."""
@@ -128,7 +131,8 @@ class SampleOrder:
         return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
 
     def _excluded(self, clip: int, position: int) -> bool:
-        return position >= self._since.get(clip, position + 1)
+        known = self._since.get(clip)
+        return known is not None and position >= known.position
 
     def _epoch(self, epoch: int) -> tuple[Integers, Integers]:
         """Clips and passes of an epoch in their order."""

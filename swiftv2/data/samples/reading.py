@@ -1,9 +1,9 @@
 """Filling one clip of a batch: frames, mask, brain, statistics, and whether the clip can be used at all."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from swiftv2.config.model import MaskConfig
 from swiftv2.data.samples.batch import Batch, RunTable, common_dtype
 from swiftv2.data.samples.clips import ClipIndex
 from swiftv2.data.samples.masks import brain_cells, cell_counts, draw_mask
-from swiftv2.data.samples.sources import RunSource
+from swiftv2.data.samples.patience import Absence
+from swiftv2.data.samples.sources import RunInfo, RunSource
 from swiftv2.data.samples.tempo import clip_duration, is_resampled, time_weights
 from swiftv2.errors import DamagedError
 
@@ -35,6 +36,8 @@ class Reading:
         pin: whether batches lie in pinned memory, for asynchronous copies to a GPU.
         on_bad_clip: whether an unusable clip is an error, or is replaced (training) or gets weight 0 (evaluation).
         table: of the source's runs, where it is made already.
+        patience_seconds: how long a read waits for a source that cannot be reached.
+        absence: what is said meanwhile; shared by the readers of one source.
     """
 
     threads: int = 2
@@ -43,20 +46,48 @@ class Reading:
     pin: bool = False
     on_bad_clip: OnBadClip = "fail"
     table: RunTable | None = None
+    patience_seconds: float = 0.0
+    absence: Absence = field(default_factory=Absence)
 
 
 READING = Reading()
 """What serves where nobody asks for anything else."""
 
 
+class Stretch(NamedTuple):
+    """The frames of a run that a clip is made of."""
+
+    run: str
+    """Pseudonymous key of the run."""
+    first: int
+    """First frame."""
+    last: int
+    """Last frame."""
+
+
+def stretch_of(runs: Sequence[RunInfo], clips: ClipIndex, clip: int) -> Stretch:
+    """Where a clip lies.
+
+    Args:
+        runs: all runs of the source.
+        clips: its clips.
+        clip: id of one.
+    """
+    info, first = runs[int(clips.run[clip])], int(clips.start[clip])
+    resampled = is_resampled(info.tr, clips.config.target_tr)
+    span = clip_duration(clips.config, info.tr) if resampled else (clips.frames - 1) * clips.stride + 1
+    return Stretch(info.key, first, first + span - 1)
+
+
 class BadClipError(Exception):
     """A clip that cannot be used: its bytes fail their checksum, are not finite, or do not change."""
 
-    def __init__(self, clip: int, run: str, first: int, last: int, reason: str, *, told: str | None = None) -> None:
+    def __init__(self, clip: int, stretch: Stretch, reason: str, *, told: str | None = None) -> None:
+        run, first, last = stretch
         super().__init__(
             told or f"run {run}, frames {first} to {last}: {reason}: drop the run, or say data.on_bad_clip=quarantine"
         )
-        self.clip, self.run, self.first, self.last, self.reason = clip, run, first, last, reason
+        self.clip, self.stretch, self.reason = clip, stretch, reason
 
 
 class ClipReader:
@@ -122,6 +153,10 @@ class ClipReader:
             weight=torch.from_numpy(weight),
         )
 
+    def stretch(self, clip: int) -> Stretch:
+        """Where a clip lies."""
+        return stretch_of(self._source.runs, self._clips, clip)
+
     def batch_bytes(self, clips: int) -> int:
         """Memory of the large parts of a batch of so many clips."""
         voxels = len(self._source.voxels)
@@ -149,26 +184,23 @@ class ClipReader:
 
         Raises:
             BadClipError: it cannot be used, by whoever reads it.
-            SwiftError: it cannot be read now.
+            OSError: the source cannot be reached now.
+            SwiftError: it cannot be read.
         """
         clip, turn, start = int(batch.clip[place]), int(batch.epoch[place]), int(batch.start[place])
         run = int(self._clips.run[clip])
         info = self._source.runs[run]
         batch.mask[place].numpy()[...] = draw_mask(self._mask, self._cells, self._brain_cells, self._mask_key(turn, clip))
-        weights = self._time_weights(float(info.tr))
-        span = (
-            (self._clips.frames - 1) * self._clips.stride + 1 if weights is None else clip_duration(self._clips.config, info.tr)
-        )
         try:
-            reason = self._fill_frames(batch.bold[place].numpy(), run, start, weights)
+            reason = self._fill_frames(batch.bold[place].numpy(), run, start, self._time_weights(float(info.tr)))
             batch.brain[place].numpy()[...] = self._brain(run)
             if batch.voxel_mean is not None and batch.voxel_std is not None:
                 batch.voxel_mean[place].numpy()[...] = self._voxel_mean(run)
                 batch.voxel_std[place].numpy()[...] = self._voxel_std(run)
         except DamagedError as error:
-            raise BadClipError(clip, info.key, start, start + span - 1, str(error), told=str(error)) from error
+            raise BadClipError(clip, self.stretch(clip), str(error), told=str(error)) from error
         if reason is not None:
-            raise BadClipError(clip, info.key, start, start + span - 1, reason)
+            raise BadClipError(clip, self.stretch(clip), reason)
 
     def _fill_frames(self, out: NDArray[np.generic], run: int, start: int, weights: NDArray[np.float32] | None) -> str | None:
         """Read frames into (T, V); says what makes them useless, if anything does."""

@@ -85,7 +85,11 @@ class GridInfo(Protocol):
 
 
 class RunSource(Protocol):
-    """What batches need of a store."""
+    """What batches need of a store.
+
+    Whatever reads raises `OSError` where the source cannot be reached now and the same call may succeed later,
+    `DamagedError` where its bytes are of no use, and `SwiftError` where it is of no use to go on.
+    """
 
     @property
     def grid(self) -> GridInfo:

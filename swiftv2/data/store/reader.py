@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,8 @@ import numpy.typing as npt
 from swiftv2.data.grid import Grid
 from swiftv2.data.keys import subject_key
 from swiftv2.data.labels import LabelRow, RunName, join_labels
-from swiftv2.data.store import layout
+from swiftv2.data.store import absence, layout
+from swiftv2.data.store.absence import AWAY, AwayError
 from swiftv2.data.store.shards import ChunkError, OpenShards, ShardedArray
 from swiftv2.errors import DamagedError, SwiftError
 
@@ -112,6 +114,9 @@ _FIELDS = frozenset(one.name for one in fields(Run))
 class Store:
     """A store that is open for reading; its methods may be called from several threads, never in a forked child.
 
+    A file that is missing or damaged in a store that is there raises `DamagedError`. Where the store itself cannot be
+    reached, all that reads raises `AwayError`, and reads again once it is back: nothing needs to be opened anew.
+
     Attributes:
         path: the folder.
         grid: the window that all runs share.
@@ -123,7 +128,7 @@ class Store:
         attributes: all attributes of the store.
     """
 
-    def __init__(self, path: Path, attributes: dict[str, Any], runs: tuple[Run, ...], arrays: dict[str, ShardedArray]) -> None:
+    def __init__(self, path: Path, attributes: dict[str, Any], runs: tuple[Run, ...]) -> None:
         """Use `Store.open`."""
         self.path = path
         self.attributes = attributes
@@ -132,10 +137,10 @@ class Store:
         self.version = int(attributes["version"])
         self.fingerprint = str(attributes["runs_sha256"])
         self.generated = bool(attributes["generated"])
-        self._arrays = arrays
+        self._arrays = self._open_arrays()
         self._pid = os.getpid()
-        voxels = self._checked("its voxels", lambda: arrays["voxels"].read_row(0))
-        self.voxels: npt.NDArray[np.int64] = voxels.astype(np.int64)
+        self._away, self._lock = False, threading.Lock()
+        self.voxels: npt.NDArray[np.int64] = self._checked("its voxels", self._read_voxels).astype(np.int64)
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -145,16 +150,23 @@ class Store:
             SwiftError: no store, an unfinished one, another format, or a damaged index.
         """
         folder = Path(path)
-        attributes, runs = read_index(folder)
+        return cls(folder, *read_index(folder))
+
+    def _open_arrays(self) -> dict[str, ShardedArray]:
         names = ["voxels", *(small.name for small in layout.SMALL_ARRAYS)]
-        names += [f"bold/{dtype}" for dtype in sorted({run.dtype for run in runs if run.present})]
+        names += [f"bold/{dtype}" for dtype in sorted({run.dtype for run in self.runs if run.present})]
         # Clips of a large cohort come from another run each time; what runs share is few files, and stays open.
         own, shared = OpenShards(), OpenShards(shared=True)
         try:
-            arrays = {name: ShardedArray(folder / name, own if name.startswith("bold") else shared) for name in names}
+            return {name: ShardedArray(self.path / name, own if name.startswith("bold") else shared) for name in names}
         except SwiftError as error:
-            raise SwiftError(f"store {folder}: {error}") from error
-        return cls(folder, attributes, runs, arrays)
+            raise SwiftError(f"store {self.path}: {error}") from error
+
+    def _read_voxels(self) -> npt.NDArray[Any]:
+        voxels = self._arrays["voxels"].read_row(0)
+        if len(voxels) > 1 and not voxels.any():
+            raise ChunkError("voxels is missing")
+        return voxels
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return type(self).open, (str(self.path),)
@@ -185,7 +197,9 @@ class Store:
             out: C-contiguous (frames, V) of the run's number type that takes the frames; a new array when None.
 
         Raises:
-            SwiftError: beyond the run's end, a withdrawn run, or bytes that fail their checksum; names run and frames.
+            DamagedError: bytes are missing or fail their checksum; names run and frames.
+            AwayError: the store cannot be reached now.
+            SwiftError: beyond the run's end, or a withdrawn run.
         """
         run = self.runs[run_index]
         stop = start + (frames - 1) * stride + 1
@@ -194,12 +208,16 @@ class Store:
             raise SwiftError(f"store {self.path}: {what} asked for, but the run has {run.frames}: rebuild the clip index")
         if run.withdrawn:
             raise SwiftError(f"store {self.path}: run {run.key} was withdrawn: exclude it")
-        array = self._arrays[f"bold/{run.dtype}"]
-        # Few calls to the file system: a run of one shard tells its size by the index.
-        size = run.bytes if run.frames <= array.shard_length else None
         direct = out if out is not None and stride == 1 else None
         whole = np.empty((stop - start, len(self.voxels)), dtype=run.dtype) if direct is None else direct
-        self._checked(what, lambda: array.read_frames(run.row, start, stop, whole, size), run)
+
+        def read() -> None:
+            array = self._arrays[f"bold/{run.dtype}"]
+            # Few calls to the file system: a run of one shard tells its size by the index.
+            size = run.bytes if run.frames <= array.shard_length else None
+            array.read_frames(run.row, start, stop, whole, size)
+
+        self._checked(what, read, run)
         if out is None or stride == 1:
             return whole[::stride]
         out[...] = whole[::stride]
@@ -219,28 +237,45 @@ class Store:
 
     def _present(self, run_index: int, name: str) -> npt.NDArray[Any]:
         """A row that cannot be all fill value: an absent chunk or file reads as that, and would go unseen."""
-        row, run = self._row(name, run_index), self.runs[run_index]
-        if not row.any() and run.present and not (run.cleaned and name == "voxel_mean"):
-            self._refuse_missing(run, name)
-        return row
+        run = self.runs[run_index]
 
-    def _refuse_missing(self, run: Run, name: str) -> NoReturn:
-        self._refuse_withdrawn(f"run {run.key}, {name}", run)
-        raise DamagedError(f"store {self.path}: run {run.key}, {name} is missing: restore {name} from a copy or build again")
+        def read() -> npt.NDArray[Any]:
+            row = self._arrays[name].read_row(run.row)
+            if not row.any() and run.present:
+                about_zero = run.cleaned and name == "voxel_mean"
+                if not (about_zero and self._has_files(name, run.row, len(row))):
+                    raise ChunkError(f"{name} is missing")
+            return row
+
+        return self._checked(f"run {run.key}, {name}", read, run)
+
+    def _has_files(self, name: str, row: int, width: int) -> bool:
+        """Whether all files are there that hold the first `width` values of a row."""
+        folder = self.path / name
+        metadata = json.loads((folder / "zarr.json").read_bytes())
+        rows, columns = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        return all((folder / f"c.{row // rows}.{column}").is_file() for column in range(-(-width // columns)))
 
     def frame_values(self, name: str, run_index: int) -> npt.NDArray[Any] | None:
         """`framewise_displacement` (mm), `censored` or `non_steady_state` (0, 1) of a run, (frames,); None if not known.
 
         Raises:
-            SwiftError: it is known, and its file is damaged or gone.
+            DamagedError: it is known, and its file is damaged or gone.
+            AwayError: the store cannot be reached now.
         """
         run = self.runs[run_index]
         if name not in run.confounds:
             return None
-        row = self._row(name, run_index)[: run.frames]
-        if bool(np.isnan(row).all() if row.dtype.kind == "f" else (row == layout.UNKNOWN).all()):
-            self._refuse_missing(run, name)
-        return row
+
+        def read() -> npt.NDArray[Any]:
+            row = self._arrays[name].read_row(run.row)[: run.frames]
+            unknown = np.isnan(row) if row.dtype.kind == "f" else row == layout.UNKNOWN
+            # The first frame has no displacement; where more is unknown, a file of several may be gone.
+            if unknown.all() or (unknown[1:].any() and not self._has_files(name, run.row, run.frames)):
+                raise ChunkError(f"{name} is missing")
+            return row
+
+        return self._checked(f"run {run.key}, {name}", read, run)
 
     def censored(self, run_index: int, displacement_mm: float | None = None) -> npt.NDArray[np.bool_] | None:
         """Frames of a run that its confounds censor, or call non-steady, (frames,) bool; None if not known.
@@ -294,16 +329,33 @@ class Store:
             raise SwiftError(f"{path} cannot be read: it holds ids and labels, readable by the store's owner only") from error
         return content
 
-    def _row(self, name: str, run_index: int) -> npt.NDArray[Any]:
-        run = self.runs[run_index]
-        return self._checked(f"run {run.key}, {name}", lambda: self._arrays[name].read_row(run.row), run)
-
     def _checked(self, what: str, read: Callable[[], Result], run: Run | None = None) -> Result:
+        """Read, and say in one line what is wrong: damage, a withdrawal, or a store that cannot be reached now."""
         if os.getpid() != self._pid:
             raise SwiftError(f"store {self.path} was opened before a fork: open it in the child, or spawn workers")
         try:
+            return self._read_surely(what, read, run)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            told = f"store {self.path}: {what} cannot be read now ({reason}): mend that and start again"
+            if error.errno not in AWAY:
+                raise SwiftError(told) from error
+            self._away = True
+            raise AwayError(told, reason) from error
+
+    def _read_surely(self, what: str, read: Callable[[], Result], run: Run | None) -> Result:
+        """Read; what is missing or wrong counts as damage only where it is so in a store that is there."""
+        if self._away:
+            self._come_back()
+        try:
+            return read()
+        except ChunkError:
+            # It may have been away for this one moment: then the bytes are whole in the next.
+            self._look()
+        try:
             return read()
         except ChunkError as error:
+            self._look()
             if run is not None:
                 self._refuse_withdrawn(what, run)
             where = f", in frames {error.first} to {error.stop - 1}" if "frames" in what and error.stop else ""
@@ -311,9 +363,27 @@ class Store:
                 f"store {self.path}: {what} cannot be read ({error}{where}): restore the file from a copy or build again; "
                 "`swiftv2 store verify` lists all that is damaged"
             ) from error
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
-            raise SwiftError(f"store {self.path}: {what} cannot be read now ({reason}): mend that and start again") from error
+
+    def _look(self) -> None:
+        absence.look(self.path, str(self.attributes["store_id"]), self.version, self.fingerprint)
+
+    def _come_back(self) -> None:
+        """Take up a store again that was away; what was open of it may be of no use any more.
+
+        Raises:
+            OSError: it is still away.
+            SwiftError: it came back as another one, or damaged.
+        """
+        with self._lock:
+            if not self._away:
+                return
+            self._look()
+            try:
+                self._arrays = self._open_arrays()
+            except SwiftError:
+                self._look()  # Gone again in between: that is no damage.
+                raise
+            self._away = False
 
     def _refuse_withdrawn(self, what: str, run: Run) -> None:
         """Tell what is gone because it was withdrawn from what is damaged.
@@ -321,10 +391,14 @@ class Store:
         Raises:
             SwiftError: the store has another version by now, in which this run is withdrawn.
         """
-        history = layout.read_attributes(self.path)["history"]
-        if not any(one["version"] > self.version and one["change"] == "drop" for one in history):
-            return  # The index of a large cohort takes seconds: it is read only where it can tell anything new.
-        now = next((one for one in read_index(self.path)[1] if one.key == run.key), run)
+        try:
+            history = layout.read_attributes(self.path)["history"]
+            if not any(one["version"] > self.version and one["change"] == "drop" for one in history):
+                return  # The index of a large cohort takes seconds: it is read only where it can tell anything new.
+            now = next((one for one in read_index(self.path)[1] if one.key == run.key), run)
+        except SwiftError:
+            self._look()  # Gone in between: that is no damage.
+            raise
         if now.withdrawn:
             raise SwiftError(
                 f"store {self.path}: {what}: gone, since its subject was withdrawn in version {now.withdrawn} of the store: "

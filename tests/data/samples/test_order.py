@@ -3,6 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swiftv2.config.data import MixingConfig
+from swiftv2.data.samples.mixing import Mixture
 from swiftv2.data.samples.order import Exclusion, SampleOrder, rank_positions
 from swiftv2.errors import SwiftError
 
@@ -67,6 +69,40 @@ def test_an_exclusion_changes_only_its_own_places_and_only_from_its_position_on(
     assert not set(changed[held].tolist()) & gone
     again = [_clip_at(order, p) for p in reversed(positions)]
     assert again[::-1] == changed.tolist()
+
+
+@settings(deadline=None)
+@given(st.integers(2, 30), st.integers(1, 3), st.booleans(), st.data())
+def test_what_is_excluded_later_is_as_if_it_had_been_from_the_start(
+    clips: int, cohorts: int, mixed: bool, data: st.DataObject
+) -> None:
+    """What a run that went back reads is what one reads that was told in advance: substitutes and their passes too."""
+    gone = data.draw(st.lists(st.integers(0, clips - 1), unique=True, max_size=clips - 1))
+    since = [data.draw(st.integers(0, 3 * clips)) for _ in gone]
+    known = data.draw(st.integers(0, len(gone)))
+    exclusions = [Exclusion(clip, position, "asked") for clip, position in zip(gone, since, strict=True)]
+    cohort = np.sort(np.arange(clips) % min(cohorts, clips))
+    names = tuple(map(str, range(int(cohort.max()) + 1)))
+    mixing = MixingConfig(kind="temperature", temperature=2.0) if mixed else MixingConfig()
+    mixture = Mixture.make(mixing, names, cohort)
+    positions = np.arange(4 * clips)
+    told = SampleOrder(5, clips, exclusions, mixture, cohort)
+    found = SampleOrder(5, clips, exclusions[:known], mixture, cohort)
+    before = found.samples_at(positions)
+    # In another order, by another cause, with later positions that do not count.
+    again = [one._replace(cause="rewound") for one in data.draw(st.permutations(exclusions))]
+    found.exclude([*(one._replace(position=one.position + 5) for one in again), *again])
+    for one, other in zip(found.samples_at(positions), told.samples_at(positions), strict=True):
+        np.testing.assert_array_equal(one, other)
+    first = min((one.position for one in exclusions[known:]), default=4 * clips)
+    for one, other in zip(before, told.samples_at(positions), strict=True):
+        np.testing.assert_array_equal(one[:first], other[:first])
+
+
+def test_of_two_exclusions_of_a_clip_the_earlier_holds_with_its_cause() -> None:
+    order = SampleOrder(0, 9, [Exclusion(4, 7, "rewound"), Exclusion(4, 9), Exclusion(2, 3)])
+    order.exclude([Exclusion(2, 1, "asked"), Exclusion(4, 7)])
+    assert order.exclusions == ((2, 1, "asked"), (4, 7, "rewound"))
 
 
 def test_exclusions_are_checked() -> None:
