@@ -159,9 +159,9 @@ class _Training:
             if _is_logged(self.state, train, self.values, improved=improved):
                 run.metrics(self.state.step, self.values)
             agreed = self.agree()
-            done = self.state.step == train.max_steps and (evaluate is None or not _evaluation_is_due(self.state, train))
             if self.refusals.hopeless(self.state):
                 self.go_back()
+            done = self.state.step == train.max_steps and (evaluate is None or not _evaluation_is_due(self.state, train))
             self.save(agreed, now=done or agreed.stop > 0 or improved)
             if done or agreed.stop:
                 break
@@ -216,8 +216,9 @@ class _Training:
 
     def save(self, agreed: Agreed, *, now: bool) -> None:
         """Begin a checkpoint where one is due: a permanent one, or an ephemeral one by the clock."""
-        permanent = now or self.state.step % self.parts.train.save_every == 0
-        if self.state == self.saved or not (permanent or agreed.save):
+        step, former = self.state.step, self.saved
+        permanent = now or (step % self.parts.train.save_every == 0 and step != former.step)
+        if self.state == former or not (permanent or agreed.save):
             return
         self.parts.watch.at(self.state.step, "save")
         self.finish_save()

@@ -370,6 +370,13 @@ def test_a_run_that_does_not_recover_ends_with_a_diagnosis(tmp_path: Path) -> No
     assert len(diagnosis["last_accepted"]) == 5
 
 
+def test_refused_steps_at_the_very_end_are_made_up_for(tmp_path: Path) -> None:
+    result = _fit(tmp_path, 8, _poisoned([6, 7, 8]))
+    assert (result.step, result.exit_status) == (8, 0)
+    assert list_checkpoints(tmp_path)[0].trainer().rewinds == 1
+    assert [row["skipped"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [False] * 8
+
+
 def test_without_a_checkpoint_before_them_refused_steps_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(SwiftError, match="no checkpoint from before them"):
         _fit(tmp_path, 8, _poisoned([1, 2, 3]))
