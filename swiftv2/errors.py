@@ -19,3 +19,9 @@ class DamagedError(SwiftError):
 
 class RankError(SwiftError):
     """Something failed on this rank and maybe on no other, such as reading its clips: it must say so itself."""
+
+
+class InterruptedRunError(SwiftError):
+    """The run broke off through no fault of its own; the same command goes on, so the command line exits with 75."""
+
+    exit_status = 75

@@ -1,14 +1,20 @@
 """The command that pretrains."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
 from swiftv2.commands.ranks import own_rank
 from swiftv2.config.load import dump, load
 from swiftv2.config.pretrain import PretrainConfig
-from swiftv2.errors import SwiftError
+from swiftv2.errors import InterruptedRunError
 from swiftv2.terminal import add_command, say
+
+CONNECTION = re.compile(r"connection|broken pipe|timed? ?out|read error|write error", re.IGNORECASE)
+"""What gloo says where another rank is gone or does not answer; it has no kinds of errors of its own."""
+MISTAKE = re.compile(r"invalid ?(usage|argument)|enforce fail", re.IGNORECASE)
+"""What gloo and NCCL say of calls that do not fit each other: going on from a checkpoint would not mend them."""
 
 OVERRIDES = "words that change single settings of the file, such as train.max_steps=1000; an unknown key is refused"
 
@@ -41,10 +47,22 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     try:
         result = pretrain(config)
     except RuntimeError as error:
-        if "gloo" not in str(error) and type(error).__name__ not in ("DistBackendError", "DistNetworkError"):
+        if not _lost_each_other(error):
             raise
+        # PyTorch puts a stack of its own below the first line.
         reason = str(error).partition("\n")[0]
-        raise SwiftError(f"the ranks lost each other ({reason}); the same command goes on from the last checkpoint") from error
+        raise InterruptedRunError(
+            f"the ranks lost each other ({reason}); the same command goes on from the last checkpoint"
+        ) from error
     if own_rank() == 0 and not result.stopped_early:
         say(f"{config.run.dir}: {result.step} steps done; look at {config.run.dir / 'figures' / 'pretraining.png'}")
     return result.exit_status
+
+
+def _lost_each_other(error: RuntimeError) -> bool:
+    """Whether a collective failed because ranks do not reach each other any more."""
+    from torch.distributed import DistError
+
+    text = str(error)
+    between_ranks = isinstance(error, DistError) or ("gloo" in text and CONNECTION.search(text) is not None)
+    return between_ranks and MISTAKE.search(text) is None
