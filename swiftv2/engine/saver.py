@@ -209,3 +209,5 @@ def _outcome(written: "Future[dict[str, Written]]") -> tuple[dict[str, Written],
         return {}, f"{where}{error.strerror or error}"
     except SwiftError as error:
         return {}, str(error)
+    except Exception as error:  # noqa: BLE001 (told to all: the other ranks must not wait for this one)
+        return {}, f"{type(error).__name__}: {error}"

@@ -96,6 +96,7 @@ def pretrain(config: PretrainConfig) -> FitResult:
                 schedule=config.schedule,
                 peak_lr=config.optimizer.lr,
                 seed=config.run.seed,
+                faults=config.faults,
                 evaluate=heldout,
                 best_metric=BEST_METRIC,
             )
