@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from swiftv2 import __version__
-from swiftv2.commands import checkpoint, plan, pretrain, store_read, store_synth, store_write
+from swiftv2.commands import checkpoint, doctor, plan, pretrain, store_read, store_synth, store_write
 from swiftv2.commands.ranks import STOPPED, STOPPED_EARLY, Terminated, complain, own_rank
 from swiftv2.errors import RankError, SwiftError
 from swiftv2.terminal import Parser
@@ -73,6 +73,7 @@ def _parser() -> Parser:
     pretrain.add(nouns)
     checkpoint.add(_verbs(nouns, "checkpoint", "list, check and export the checkpoints of a run"))
     plan.add(nouns)
+    doctor.add(nouns)
     return parser
 
 
