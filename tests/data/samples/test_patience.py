@@ -140,18 +140,22 @@ def test_a_store_that_comes_and_goes_is_never_taken_for_damaged(store: Path) -> 
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("again", [False, True])
 def test_a_file_is_not_damaged_that_was_away_for_the_moment_in_which_it_was_read(
-    store: Path, monkeypatch: pytest.MonkeyPatch
+    again: bool, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The store is back by the time that anybody looks why a file is missing."""
+    """The store is back by the time that anybody looks why a file is missing; or is so, and gone again."""
     with training(store) as batches:
         expected = take(batches, 4)
-    look = absence.look
+    look, calls = absence.look, itertools.count()
 
     def late(*arguments: Any) -> None:
-        if not store.exists():
+        call = next(calls)
+        if call in (0, 2) and not store.exists():
             back(store)
         look(*arguments)
+        if call == 0 and again:
+            away(store)
 
     with training(store, on_bad_clip="quarantine", prefetch=1, threads=1) as batches:
         monkeypatch.setattr(absence, "look", late)
@@ -220,7 +224,7 @@ def test_what_was_open_is_opened_again(store: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(shards, "MOST_OPEN", 1024)
     with training(store, prefetch=1) as batches:
         expected = take(batches, BATCHES)
-    with training(store, prefetch=1) as batches:
+    with training(store, seconds=20.0, prefetch=1) as batches:
         found = take(batches, 10)
         time.sleep(0.2)  # What is read ahead is there.
         broken = os.open("/proc/self/mem", os.O_RDONLY)
