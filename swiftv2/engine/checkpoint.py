@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from swiftv2.config.engine import TrainConfig
 from swiftv2.engine.backend import Backend
@@ -56,6 +57,14 @@ class TrainerState:
     spike_window: list[tuple[float, float]] = field(default_factory=list)
     refused: list[dict[str, Any]] = field(default_factory=list)
     rewinds: int = 0
+
+    def scored(self, scores: Mapping[str, float], metric: str | None) -> Self:
+        """The state after an evaluation, which may have been the best so far: the lowest finite value of `metric`."""
+        state = dataclasses.replace(self, evaluated=self.step)
+        value = None if metric is None else scores.get(metric)
+        if value is None or not math.isfinite(value) or (self.best_value is not None and value >= self.best_value):
+            return state
+        return dataclasses.replace(state, best_metric=metric, best_value=value, best_step=self.step)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from swiftv2.config.engine import FaultsConfig, ScheduleConfig, TrainConfig
 from swiftv2.engine.backend import Backend, StepResult
 from swiftv2.engine.checkpoint import TrainerState, load_newest
-from swiftv2.engine.collective import Agreed, agree, gather, on_first
+from swiftv2.engine.collective import Agreed, agree, on_first
 from swiftv2.engine.guard import SpikeGuard
 from swiftv2.engine.launch import World
 from swiftv2.engine.meter import Meter
@@ -99,7 +99,7 @@ def fit(
     began = time.time()
     with contextlib.ExitStack() as stack:
         watch = stack.enter_context(
-            Sentinel(world, run.path / "logs", run.attempt, faults.hang_seconds, faults.grace_seconds, _teller(run))
+            Sentinel(world, run.path / "logs", run.attempt, faults.hang_seconds, faults.grace_seconds, run.alarm)
         )
         request = stack.enter_context(StopRequest(end_time(train.time_limit_minutes, os.environ, began), heard=watch.stopping))
         saver = stack.enter_context(Saver(run, backend, world, train))
@@ -153,7 +153,9 @@ class _Training:
         generated = self.parts.backend.generated_config()
         if generated is not None:
             run.document("deepspeed.json", generated)
-        _announce(self.parts, self.state)
+        began = f"resumed after step {self.state.step}" if self.state.step else "begun"
+        ranks = f"{self.parts.world.size} rank{'s' if self.parts.world.size > 1 else ''} on {self.parts.world.device.type}"
+        self.parts.progress.note(f"{run.path}: {began}, attempt {run.attempt}, {ranks}")
         while True:
             improved = evaluate is not None and self.evaluate(evaluate, best_metric)
             if _is_logged(self.state, train, self.values, improved=improved):
@@ -187,7 +189,7 @@ class _Training:
             return False
         self.evaluation_seconds = time.monotonic() - asked
         self.values |= scores
-        former, self.state = self.state, _after_evaluation(self.state, scores, best_metric)
+        former, self.state = self.state, self.state.scored(scores, best_metric)
         return self.state.best_step != former.best_step
 
     def _tick(self) -> None:
@@ -209,7 +211,9 @@ class _Training:
         if agreed.stop:
             request.ask(agreed.stop)
         if agreed.news:
-            self.state = _leave_out(self.stream, self.parts, self.state)
+            self.state, told = self.refusals.leave_out(self.state, self.stream)
+            for line in told:
+                self.parts.progress.note(line)
         if saver.busy and agreed.flushed:
             self.finish_save()
         return agreed
@@ -275,7 +279,10 @@ class _Training:
         self.values = _values(result, rate, self.meter, self.state)
         self.parts.progress.update(step, self.values)
         if step % _PACE_STEPS == 0:
-            _tell_slow(self.pace.report(self.parts.world), self.parts, step)
+            report = self.pace.report(self.parts.world)
+            if report["slow"]:
+                self.parts.run.event("slow", step, **report)
+                self.parts.progress.note(f"step {step}: slow ranks: {report['slow']}")
 
     def _forward_backward(self, step: int, *, compute: bool) -> None:
         backend, watch = self.parts.backend, self.parts.watch
@@ -323,39 +330,11 @@ def _evaluation_is_due(state: TrainerState, train: TrainConfig) -> bool:
     return state.step > 0 and at and state.evaluated != state.step
 
 
-def _after_evaluation(state: TrainerState, scores: Mapping[str, float], metric: str | None) -> TrainerState:
-    state = replace(state, evaluated=state.step)
-    value = None if metric is None else scores.get(metric)
-    if value is None or not math.isfinite(value) or (state.best_value is not None and value >= state.best_value):
-        return state
-    return replace(state, best_metric=metric, best_value=value, best_step=state.step)
-
-
 def _is_logged(state: TrainerState, train: TrainConfig, values: Mapping[str, float], *, improved: bool) -> bool:
     if not values:
         return False
     due = state.step % train.log_every == 0 or state.step == train.max_steps or state.evaluated == state.step
     return due or improved or bool(values.get("skipped"))
-
-
-def _leave_out(stream: Stream, parts: _Parts, state: TrainerState) -> TrainerState:
-    """Let all ranks leave out what any of them found of no use, and note it."""
-    told = [fault for faults in gather(stream.faults(), parts.world) for fault in faults]
-    found = {fault["clip"]: fault for fault in sorted(told, key=lambda one: -one["position"])}  # The first position counts.
-    known = {one.clip for one in state.exclusions}
-    for clip, fault in sorted(found.items()):
-        if clip not in known:
-            parts.run.event("quarantined", state.step, **fault)
-            parts.progress.note(f"step {state.step}: a clip of run {fault.get('run', '')} is left out from here on")
-    stream.exclude([Exclusion(fault["clip"], fault["position"]) for fault in found.values()])
-    return replace(state, exclusions=stream.exclusions)
-
-
-def _announce(parts: _Parts, state: TrainerState) -> None:
-    world = parts.world
-    ranks = f"{world.size} rank{'s' if world.size > 1 else ''} on {world.device.type}"
-    begin = f"resumed after step {state.step}" if state.step else "begun"
-    parts.progress.note(f"{parts.run.path}: {begin}, attempt {parts.run.attempt}, {ranks}")
 
 
 def _values(result: StepResult, rate: float, meter: Meter, state: TrainerState) -> dict[str, float]:
@@ -367,13 +346,3 @@ def _values(result: StepResult, rate: float, meter: Meter, state: TrainerState) 
         **meter.values(state.step),
         "clips_left_out": float(len(state.exclusions)),
     }
-
-
-def _tell_slow(report: Mapping[str, Any], parts: _Parts, step: int) -> None:
-    if report.get("slow"):
-        parts.run.event("slow", step, **report)
-        parts.progress.note(f"step {step}: slow ranks: {report['slow']}")
-
-
-def _teller(run: RunDirectory) -> Callable[[str, dict[str, Any]], None]:
-    return lambda kind, values: run.alarm(kind, **values)

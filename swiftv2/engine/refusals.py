@@ -1,4 +1,4 @@
-"""Steps whose update was refused: what they held, when the run goes back, and what is said when that does not help."""
+"""What is left out: bad clips, and the samples of refused steps; when the run goes back, and what is said at the end."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +27,23 @@ class Refusals:
     backend: Backend
     world: World
     config: FaultsConfig
+
+    def leave_out(self, state: TrainerState, stream: Stream) -> tuple[TrainerState, list[str]]:
+        """Let all ranks leave out what any of them found of no use, and write it down (collective).
+
+        Returns:
+            The state, and a line for each clip.
+        """
+        told = [fault for faults in gather(stream.faults(), self.world) for fault in faults]
+        found = {one["clip"]: one for one in sorted(told, key=lambda one: -one["position"])}  # The first position counts.
+        known = {one.clip for one in state.exclusions}
+        lines = []
+        for clip, fault in sorted(found.items()):
+            if clip not in known:
+                self.run.event("quarantined", state.step, **fault)
+                lines.append(f"step {state.step}: a clip of run {fault.get('run', '')} is left out from here on")
+        stream.exclude([Exclusion(fault["clip"], fault["position"]) for fault in found.values()])
+        return replace(state, exclusions=stream.exclusions), lines
 
     def note(self, state: TrainerState, result: StepResult, stream: Stream) -> TrainerState:
         """Write a refused step down, with the samples of all ranks (collective)."""

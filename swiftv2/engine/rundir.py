@@ -128,7 +128,7 @@ class RunDirectory:
         line = {"step": step, "attempt": self.attempt, "time": time.time(), "event": kind, **values}
         self._append("events.jsonl", line)
 
-    def alarm(self, kind: str, /, **values: Any) -> None:
+    def alarm(self, kind: str, values: Mapping[str, Any]) -> None:
         """Append an event from whatever rank is able to, where the first may be the one that hangs."""
         self._append(
             "events.jsonl", {"step": None, "attempt": self.attempt, "time": time.time(), "event": kind, **values}, anyway=True

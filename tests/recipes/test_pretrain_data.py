@@ -125,7 +125,7 @@ def test_a_run_goes_on_over_appended_and_withdrawn_runs(config: Path, real_store
     assert in_part(run, "train") == before
     newest = max((run / "checkpoints").glob("step_*"), key=lambda path: int(path.name.split("_")[1]))
     exclusions = json.loads((newest / "trainer.json").read_text())["exclusions"]
-    assert {position for _, position in exclusions} == {16}
+    assert {position for _, position, _ in exclusions} == {16}
     told = events(run, "data")
     assert told[0]["clips"] == told[1]["clips"], "clips keep their numbers"
     assert told[1]["store_version_now"] == told[0]["store_version_now"] + 2
