@@ -40,10 +40,10 @@ def describe_fault(beats: Sequence[Beat], silent: Collection[int], suspects: Seq
     first = known.get(suspects[0])
     where = f" on {first.host}" if first else ""
     others = f" and {len(suspects) - 1} more" if len(suspects) > 1 else ""
-    if first is None or first.rank in silent:
-        what = "which is silent"
-    elif first.state == "failed":
+    if first is not None and first.state == "failed":
         what = "which left by an error"
+    elif first is None or first.rank in silent:
+        what = "which is silent"
     else:
         what = f"in {first.phase} of step {first.step} for {first.seconds:.0f} s"
     return f"most likely at fault: rank {suspects[0]}{where}{others}, {what}"

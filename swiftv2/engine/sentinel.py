@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -74,7 +74,8 @@ class Sentinel:
             logs / f"collectives-rank-{world.rank}-attempt-{attempt}.json",
         )
         self._interval = min(5.0, hang_seconds / 6, lost_seconds / 6)
-        self._linger = max(2.0, _BEATS_MISSED * self._interval)
+        self._missed = _BEATS_MISSED * self._interval
+        self._linger = max(2.0, self._missed)
         self._host = socket.gethostname()
         self._beats = Beats(world, f"sentinel/{attempt}/{next(_ENTERED)}", self._interval, self._beat)
         self._here: tuple[int, str] = (0, "start")
@@ -99,6 +100,7 @@ class Sentinel:
     def __enter__(self) -> Self:
         self._files[0].parent.mkdir(parents=True, exist_ok=True)
         self._stacks = self._files[0].open("wb", buffering=0)
+        self._arm()
         self._beats.start()
         self._watcher.start()
         return self
@@ -121,21 +123,20 @@ class Sentinel:
     def _watch(self) -> None:
         """Count the seconds without progress, and end the process where there are too many."""
         tick = min(1.0, self._interval / 2)
-        seen, rounds, armed, asked = self._here, self._beats.rounds, 0.0, 0.0
+        seen, rounds, armed, asked = self._here, self._beats.rounds, self._interval, 0.0
         now = time.monotonic()
-        backstop = 0.75 * min(self._hang, self._lost)
         while not self._left.wait(tick):
             # In one turn no more than a beat's time can have passed, or this process was stopped meanwhile.
             passed = min(time.monotonic() - now, max(self._interval, 2 * tick))
             now = time.monotonic()
             self._idle = self._idle + passed if self._here is seen else 0.0
             seen = self._here
-            heard = self._beats.rounds != rounds or not self._beats.peers
+            heard = self._beats.rounds != rounds or self._store_may_be_gone()
             self._unanswered = 0.0 if heard else self._unanswered + passed
             rounds = self._beats.rounds
             armed -= passed
             if armed <= 0:
-                faulthandler.dump_traceback_later(backstop, exit=False, file=self._stacks)
+                self._arm()
                 armed = self._interval
             told = self._heed_others()
             asked = asked + passed if self._stop else 0.0
@@ -146,6 +147,15 @@ class Sentinel:
                         return
                     self._verdict = verdict
                 self._end(verdict)
+
+    def _arm(self) -> None:
+        """Have the stacks written, by a thread that needs no lock of Python's, where this is not called again in time."""
+        faulthandler.dump_traceback_later(0.75 * min(self._hang, self._lost), exit=False, file=self._stacks)
+
+    def _store_may_be_gone(self) -> bool:
+        """Whether the store's silence tells nothing: alone there is none, and rank 0, which keeps it, may leave first."""
+        keeper = self._beats.peers.get(0)
+        return not self._beats.peers or (keeper is not None and keeper.beat is not None and keeper.beat.state == "done")
 
     def _heed_others(self) -> Verdict | None:
         """Adopt another rank's stop, and its verdict."""
@@ -160,16 +170,17 @@ class Sentinel:
         """Why this rank must end, None while it need not."""
         step, phase = self._here
         if self._idle >= self._hang:
-            return self._diagnose(
+            return self._verdict_of(
                 "hang", f"rank {self._world.rank} has not got on for {self._idle:.0f} s ({phase} of step {step})"
             )
         lost = self._silent(self._lost)
-        if lost and self._idle >= self._lost:
-            names = "; ".join(f"rank {one['rank']} on {one['host']} is silent for {one['seconds']:.0f} s" for one in lost)
-            store = ", or its launcher: the store that it keeps does not answer" if self._unanswered >= self._lost else ""
-            return self._diagnose("lost", f"{names}{store}")
+        unanswered = self._unanswered >= self._lost
+        if (lost or unanswered) and self._idle >= self._lost:
+            names = [f"rank {one['rank']} on {one['host']} is silent for {one['seconds']:.0f} s" for one in lost]
+            store = ["the store between ranks, which rank 0 or its launcher keeps, does not answer"] if unanswered else []
+            return self._verdict_of("lost", "; ".join(names + store))
         if self._stop and asked >= self._grace:
-            return self._diagnose("grace", f"asked to stop ({self._stop}), but not done within {self._grace:.0f} s")
+            return self._verdict_of("grace", f"asked to stop ({self._stop}), but not done within {self._grace:.0f} s")
         return None
 
     def _silent(self, seconds: float) -> list[dict[str, Any]]:
@@ -186,55 +197,59 @@ class Sentinel:
             for rank, (beat, passed) in sorted(silent.items())
         ]
 
-    def _diagnose(self, kind: Kind, cause: str) -> Verdict:
-        missed = _BEATS_MISSED * self._interval
-        silent = self._silent(missed)
-        ranks = {one["rank"] for one in silent}
+    def _verdict_of(self, kind: Kind, cause: str) -> Verdict:
+        """What the other ranks are told: little, as each of them reads it from all."""
+        silent = {one["rank"] for one in self._silent(self._missed)}
+        answering = [beat.rank for beat in self._all_beats() if beat.rank not in silent and beat.state != "failed"]
+        return {"kind": kind, "cause": cause, "reported_by": self._world.rank, "teller": min(answering)}
+
+    def _all_beats(self) -> list[Beat]:
+        """Last words of all ranks that are not done, this one among them, in their order."""
         others = [peer.beat for peer in self._beats.peers.values() if peer.beat is not None and peer.beat.state != "done"]
-        beats = sorted([self._beat(), *others], key=lambda beat: beat.rank)
-        suspects = find_suspects(beats, ranks)
-        return {
-            "kind": kind,
-            "teller": min(beat.rank for beat in beats if beat.rank not in ranks and beat.state != "failed"),
-            "fault": describe_fault(beats, ranks, suspects),
-            "told": {
-                "cause": cause,
-                "reported_by": self._world.rank,
-                "silent": silent,
-                "behind": [
-                    {"rank": one.rank, "host": one.host, "step": one.step, "phase": one.phase, "seconds": one.seconds}
-                    for one in beats
-                ],
-                "suspects": suspects,
-            },
-        }
+        return sorted([self._beat(), *others], key=lambda beat: beat.rank)
 
     def _end(self, verdict: Verdict) -> None:
         """Let all be written down, here and on the other ranks, for a bounded time; then end this process."""
         # Whatever holds Python's lock from now on cannot keep the process: that thread needs none.
         faulthandler.dump_traceback_later(4 * self._linger, exit=True, file=self._stacks)
-        teller, rank = verdict["teller"], self._world.rank
-        words = threading.Thread(target=self._last_words, args=(verdict, teller == rank), name="last words", daemon=True)
-        words.start()
+        silent, beats = self._silent(self._missed), self._all_beats()
+        ranks = {one["rank"] for one in silent}
+        suspects = find_suspects(beats, ranks)
+        details = {
+            "cause": verdict["cause"],
+            "reported_by": verdict["reported_by"],
+            "silent": silent,
+            "behind": [
+                {"rank": one.rank, "host": one.host, "step": one.step, "phase": one.phase, "seconds": one.seconds}
+                for one in beats
+            ],
+            "suspects": suspects,
+        }
+        report = functools.partial(self._tell, verdict["kind"], details)
+        known = (verdict["cause"], describe_fault(beats, ranks, suspects))
+        words = _aside(lambda: self._last_words(known, report if verdict["teller"] == self._world.rank else None))
+        self._wait_for_all(words)
+        teller = self._beats.peers.get(verdict["teller"])
+        if verdict["reported_by"] == self._world.rank and teller and not (teller.beat and teller.beat.state == "written"):
+            # The rank that was to tell has not done so.
+            _aside(lambda: _attempt(report)).join(self._linger)
+        os._exit(STOPPED_EARLY)  # The main thread may wait for ever: nothing gentler ends it.
+
+    def _wait_for_all(self, words: threading.Thread) -> None:
+        """Wait until this rank and all that answer have written down what they know, but no longer than need be."""
         connected = self._beats.connected
         until = time.monotonic() + self._linger
+        pause = max(0.1, self._interval / 10)
         while time.monotonic() < until and not (connected and self._all_written()):
             if not words.is_alive():
                 self._state = "written"
                 if not self._beats.peers or (connected and not self._beats.connected):
-                    break
+                    break  # Nobody is there, or whoever keeps the store has ended already.
             self._beats.now()
-            time.sleep(0.1)
+            time.sleep(pause)
         words.join(max(0.0, until - time.monotonic()))
-        spoken = self._beats.peers.get(teller)
-        unheard = spoken is not None and (spoken.beat is None or spoken.beat.state != "written")
-        if verdict["told"]["reported_by"] == rank and unheard:
-            # The rank that was to tell has not lived up to it.
-            report = functools.partial(self._tell, verdict["kind"], verdict["told"])
-            late = threading.Thread(target=_attempt, args=(report,), name="last words", daemon=True)
-            late.start()
-            late.join(self._linger)
-        os._exit(STOPPED_EARLY)  # The main thread may wait for ever: nothing gentler ends it.
+        if self._beats.peers:
+            time.sleep(3 * pause)  # The store goes with rank 0: the others must have read that it has told.
 
     def _all_written(self) -> bool:
         """Whether this rank and all others that answer have written down what they know, and this one has said so."""
@@ -243,21 +258,21 @@ class Sentinel:
             told is not None
             and told.state == "written"
             and all(
-                peer.silent >= _BEATS_MISSED * self._interval or (peer.beat is not None and peer.beat.state != "runs")
+                peer.silent >= self._missed or (peer.beat is not None and peer.beat.state != "runs")
                 for peer in self._beats.peers.values()
             )
         )
 
-    def _last_words(self, verdict: Verdict, tells: bool) -> None:
+    def _last_words(self, known: Sequence[str], report: Callable[[], None] | None) -> None:
         """Write stacks, event, collectives and one line, each as far as it can be done."""
         steps: list[Callable[[], object]] = [self._write_stacks, self._write_collectives, sys.stdout.flush]
-        if tells:
-            steps.insert(1, lambda: self._tell(verdict["kind"], verdict["told"]))
+        if report is not None:
+            steps.insert(1, report)
         problems = [problem for problem in map(_attempt, steps) if problem]
         line = "; ".join(
             (
-                f"swiftv2 (rank {self._world.rank}): {verdict['told']['cause']}",
-                verdict["fault"],
+                f"swiftv2 (rank {self._world.rank}): {known[0]}",
+                *known[1:],
                 f"stacks of this rank: {self._files[0]}",
                 *problems,
                 "the same command goes on from the last checkpoint",
@@ -280,6 +295,13 @@ class Sentinel:
         record = dump() if dump is not None else b""
         if record and json.loads(record).get("entries"):
             self._files[1].write_bytes(record)
+
+
+def _aside(action: Callable[[], object]) -> threading.Thread:
+    """Run an action in a thread that keeps nobody waiting."""
+    thread = threading.Thread(target=action, name="last words", daemon=True)
+    thread.start()
+    return thread
 
 
 def _attempt(action: Callable[[], object]) -> str | None:
