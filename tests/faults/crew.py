@@ -169,7 +169,7 @@ def options(engine: Mapping[str, Any] = PLAIN, steps: int = 60, **rest: Any) -> 
 def _start(run: Path, asked: Mapping[str, Any], variables: Mapping[str, str], log: Path) -> Rank:
     words = [sys.executable, str(WORKERS / "victim.py"), str(run), json.dumps(asked)]
     with log.open("ab") as file:
-        return subprocess.Popen(words, env=environment() | variables, stdout=file, stderr=file)
+        return subprocess.Popen(words, env=environment() | dict(variables), stdout=file, stderr=file)
 
 
 def _fork(run: Path, asked: Mapping[str, Any], variables: Mapping[str, str], log: Path) -> Rank:

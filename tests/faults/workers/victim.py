@@ -105,7 +105,7 @@ def train(path: Path, options: dict[str, Any]) -> FitResult:
         arm(world.rank, **options["die"])
     module, streams = Toy(), list[Fragile]()
     poisoned = set(options.get("gradient", ()))
-    module.second.weight.register_hook(
+    module.second.weight.register_hook(  # type: ignore[no-untyped-call]  # of PyTorch's
         lambda gradient: torch.full_like(gradient, torch.inf) if poisoned & set(streams[-1].clips()) else gradient
     )
 
@@ -146,6 +146,9 @@ def main(path: Path, options: dict[str, Any]) -> int:
     except SwiftError as error:
         sys.stderr.write(f"swiftv2: {error}\n")
         return error.exit_status
+    except OSError as error:
+        sys.stderr.write(f"swiftv2: {error.filename}: {error.strerror}\n")
+        return 1
     except RuntimeError as error:
         if not _lost_each_other(error):
             raise
