@@ -30,10 +30,11 @@ Remark = tuple[Verdict, str]
 
 MEET_SECONDS = 300.0
 MEASURE_SECONDS = 120.0
-SILENT_SECONDS = 15.0
+SILENT_SECONDS = 30.0
 GRACE_SECONDS = 10.0
 """How long ranks go on waiting in a joint measurement after one has said that it failed there."""
 BEAT_SECONDS = 0.5
+LOOK_SECONDS = 2.0
 UNTOLD_SECONDS = 1.0
 LONG_WORDS = 100
 _PAUSES = (0.005, 0.02, 0.08, 0.2, 0.2, 0.2, 0.2)
@@ -117,6 +118,7 @@ class Examination:
         self._dead: set[int] = set()
         self._hosts: dict[int, str] = {}
         self._seen: dict[int, tuple[bytes, float]] = {}
+        self._look_again = 0.0
         self._terminated: float | None = None
         self._former_handler: Any = None
         if threading.current_thread() is threading.main_thread():
@@ -216,8 +218,10 @@ class Examination:
             if not thread.is_alive():
                 break
             self._beat()
-            if failed_at is None and together and self._there([self._key("failed")]):
-                failed_at = now
+            if together and failed_at is None:
+                if self.rank == 0 and self._silent(set(range(1, self.size)) - self._dead):
+                    self._put("failed", {})
+                failed_at = now if self._there([self._key("failed")]) else None
             if now - began > seconds:
                 outcome = {"error": f"no end after {seconds:.0f} s", "kind": "lost" if together else "own"}
             elif self._terminated is not None or (failed_at is not None and now - failed_at > GRACE_SECONDS):
@@ -227,7 +231,7 @@ class Examination:
             self.stuck = True
             return dict(outcome)
         if together and "error" in outcome:
-            self._put("failed", {"rank": self.rank})
+            self._put("failed", {})
         return outcome
 
     def _collect(self, seconds: float) -> dict[int, dict[str, Any]]:
@@ -254,8 +258,12 @@ class Examination:
         return outcomes
 
     def _silent(self, ranks: set[int]) -> set[int]:
-        """Ranks that were there and beat no more."""
-        now, silent = time.monotonic(), set()
+        """Ranks that were there and beat no more; asked often, it looks every few seconds."""
+        now = time.monotonic()
+        silent: set[int] = set()
+        if now < self._look_again:
+            return silent
+        self._look_again = now + LOOK_SECONDS
         # When the launcher ends the ranks because one has died, the others go on beating for a while.
         patience = SILENT_SECONDS if self._terminated is None else GRACE_SECONDS / 2
         for rank in ranks:

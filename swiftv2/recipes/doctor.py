@@ -28,6 +28,7 @@ from swiftv2.errors import SwiftError
 from swiftv2.models import decay_names
 from swiftv2.models.blocks import compile_blocks
 from swiftv2.recipes.data import Data, open_data
+from swiftv2.recipes.exclusions import read_exclusions
 from swiftv2.recipes.objective import Objective
 from swiftv2.recipes.planning import layout
 
@@ -163,6 +164,8 @@ class _Visit:
     def _open_store(self) -> Figures:
         began = time.perf_counter()
         self.data = open_data(self.config, self.config.run.dir)
+        if self.config.data.exclude is not None:
+            read_exclusions(self.config.data.exclude, self.data)
         identity, version, fingerprint, clips = self.data.signature()
         return {
             "id": identity,

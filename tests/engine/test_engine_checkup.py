@@ -207,7 +207,7 @@ def test_measurements_of_this_host_are_plausible_and_leave_nothing(tmp_path: Pat
     assert probes.shared_memory()["total_bytes"] > 0
     assert probes.processors(0)["threads"] == torch.get_num_threads()
     assert probes.versions(0)["torch"] == torch.__version__
-    assert probes.product(torch.device("cpu"), None, rounds=3)["flops_per_second"] > 1e8
+    assert probes.product(torch.device("cpu"), None)["flops_per_second"] > 1e8
     probes.begin_peak(torch.device("cpu"))
     held = torch.ones(50_000_000)
     assert probes.peak(torch.device("cpu")) > held.numel() * 4
