@@ -91,8 +91,8 @@ def _checkpoint_list(arguments: argparse.Namespace) -> int:
         row = {"step": c.step, "path": str(c.path), "problem": c.problem, "kind": c.kind, "bytes": size, "time": written}
         rows.append(row)
         age = "" if written is None else _duration(time.time() - written)
-        cells.append([str(c.step), c.kind or "", "" if size is None else _megabytes(size), age, c.problem or str(c.path)])
-    shown = table(["step", "kind", "size", "age", "path"], cells, words=2)
+        cells.append([str(c.step), c.kind or "", c.problem or str(c.path), "" if size is None else _megabytes(size), age])
+    shown = table(["step", "kind", "path", "size", "age"], cells, words=3)
     answer({"checkpoints": rows}, shown, as_json=arguments.json)
     return 0
 

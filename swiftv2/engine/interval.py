@@ -238,7 +238,7 @@ def _bounds(costs: Costs) -> tuple[float, float, list[str]]:
     low = shortest
     if costs.beside < MOST_BLOCKING:
         low = max(shortest, costs.blocking / (MOST_BLOCKING - costs.beside))
-    else:
+    if costs.permanent > MOST_BLOCKING * costs.permanent_every:
         notes.append(
             "permanent saves alone block for more than 1 %: raise train.save_every, or set train.deepspeed_files=false"
         )

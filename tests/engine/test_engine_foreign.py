@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,50 @@ def test_what_is_left_says_where_it_is_from(resumed: dict[int, Any], sources: di
     trainer = found.trainer()
     assert found.kind == "permanent"
     assert (trainer.samples, trainer.world_size, trainer.micro_batch, trainer.accumulation) == (32, 2, 4, 1)
-    assert cli.main(["checkpoint", "verify", str(run)]) == 0
+
+
+def test_list_and_verify_tell_kind_size_age_and_bytes_read(
+    undisturbed: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = undisturbed["zero2 bf16"]
+    assert cli.main(["checkpoint", "list", str(run), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert [(row["step"], row["kind"], row["problem"]) for row in rows] == [(4, "permanent", None), (8, "permanent", None)]
+    on_disk = [
+        sum(p.stat().st_size for p in Path(row["path"]).rglob("*") if p.is_file() and p.name != "manifest.json") for row in rows
+    ]
+    assert [row["bytes"] for row in rows] == on_disk
+    assert 0 < time.time() - rows[0]["time"] < 3600
+    assert cli.main(["checkpoint", "verify", str(run), "--json"]) == 0
+    verified = json.loads(capsys.readouterr().out)
+    assert (verified["ok"], verified["bytes"]) == (True, sum(on_disk))
+    assert cli.main(["checkpoint", "list", str(run)]) == 0
+    assert "permanent" in capsys.readouterr().out
+
+
+def _elastic(content: dict[str, Any]) -> None:
+    """As DeepSpeed writes under `elastic_checkpoint`: a list by group."""
+    state = content["optimizer_state_dict"]
+    state["base_optimizer_state"] = list(state["base_optimizer_state"]["state"].values())
+
+
+def _counted_by_group(content: dict[str, Any]) -> None:
+    """As optimizers write that count updates by group, such as DeepSpeed's fused Adam."""
+    base = content["optimizer_state_dict"]["base_optimizer_state"]
+    for group in base["param_groups"]:
+        group["step"] = int(base["state"][group["params"][0]].pop("step"))
+
+
+@pytest.mark.parametrize("form", [_elastic, _counted_by_group])
+def test_other_forms_of_the_same_state(sources: dict[str, Path], tmp_path: Path, form: Any) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(sources["zero2 bf16"] / "global_step4", source)
+    assert _adopt_new("zero2 bf16", source, tmp_path / "plain") == 0
+    for path in source.glob("*_optim_states.pt"):
+        _edit(path, form)
+    assert _adopt_new("zero2 bf16", source, tmp_path / "other") == 0
+    expected, found = _state(tmp_path / "plain", STEP), _state(tmp_path / "other", STEP)
+    assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
 
 
 def _said(capsys: pytest.CaptureFixture[str]) -> str:
