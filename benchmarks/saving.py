@@ -88,7 +88,7 @@ def _measure(config: PretrainConfig, folder: Path, count: int) -> tuple[list[Rou
                 beside.append(_timed(step))
             saver.finish()
             (*_, told) = (e for e in read_lines(folder / "events.jsonl") if e["event"] == "saved")
-            native = _timed(lambda: backend.save_native(folder / "native"))
+            native = _timed(lambda: backend.save_native(folder / "native", 1, 1))
             rounds.append(
                 Round(alone, statistics.fmean(beside), len(beside), told["blocking_seconds"], told["seconds"], native)
             )

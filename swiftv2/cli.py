@@ -7,7 +7,7 @@ from typing import Any
 from swiftv2 import __version__
 from swiftv2.commands import checkpoint, doctor, plan, pretrain, store_read, store_synth, store_write
 from swiftv2.commands.ranks import STOPPED, STOPPED_EARLY, Terminated, complain, own_rank
-from swiftv2.errors import RankError, SwiftError
+from swiftv2.errors import InterruptedRunError, RankError, SwiftError
 from swiftv2.terminal import Parser
 
 FAILED, INTERRUPTED = 1, 130
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command: Callable[[argparse.Namespace], int] = arguments.command
         return command(arguments)
     except SwiftError as error:
-        complain(str(error), alone=isinstance(error, RankError))
+        complain(str(error), alone=isinstance(error, RankError | InterruptedRunError))
         return error.exit_status
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""
@@ -71,7 +71,7 @@ def _parser() -> Parser:
     for module in (store_write, store_read, store_synth):
         module.add(store)
     pretrain.add(nouns)
-    checkpoint.add(_verbs(nouns, "checkpoint", "list, check and export the checkpoints of a run"))
+    checkpoint.add(_verbs(nouns, "checkpoint", "list, check, export or adopt checkpoints of a run, suggest their interval"))
     plan.add(nouns)
     doctor.add(nouns)
     return parser

@@ -34,8 +34,9 @@ SOURCE_GRID = ("grid.kind=source", "grid.mask=box", "grid.space=native-nitime")
 SALT = "0123456789abcdef0123456789abcdef"
 COMMANDS = [
     *(["store", verb] for verb in ("build", "info", "verify", "synth")),
-    *(["checkpoint", verb] for verb in ("list", "verify", "export")),
+    *(["checkpoint", verb] for verb in ("list", "verify", "export", "adopt", "suggest")),
     ["pretrain"],
+    ["doctor"],
     ["plan"],
 ]
 MODELS = sorted(path.stem for path in (presets_root() / "model").glob("*.yaml"))

@@ -15,7 +15,7 @@ from swiftv2.engine.checkpoint import TrainerState, commit, list_checkpoints
 from swiftv2.engine.foreign import ForeignState, find_source
 from swiftv2.engine.launch import World
 from swiftv2.engine.lease import Lease, last_attempt
-from swiftv2.engine.rundir import RunDirectory, _cut_torn_line, _only_ours, read_lines
+from swiftv2.engine.rundir import RunDirectory, cut_torn_line, only_ours, read_lines
 from swiftv2.engine.shards import Written, shard_name, write_shard
 from swiftv2.errors import SwiftError, UsageError
 from swiftv2.files import write_file
@@ -60,7 +60,7 @@ def adopt(source: Path, run_dir: Path, config: PretrainConfig, step: int | None 
     state = ForeignState(find_source(source))
     step = _check_step(state, config, step)
     fresh = not (run_dir / "config.yaml").exists()
-    if fresh and run_dir.exists() and not _only_ours(run_dir):
+    if fresh and run_dir.exists() and not only_ours(run_dir):
         raise SwiftError(f"{run_dir} is not empty and no run directory: give another one")
     made = not run_dir.exists()
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def adopt(source: Path, run_dir: Path, config: PretrainConfig, step: int | None 
             write_file(run_dir / "config.yaml", dump(config))
         adopted = _write(state, run_dir, config, step, attempt)
         undo.pop_all()
-        _cut_torn_line(run_dir / "events.jsonl")
+        cut_torn_line(run_dir / "events.jsonl")
         RunDirectory(run_dir, attempt, World(0, 1, 0, 1, torch.device("cpu")), lease).event(
             "adopted",
             step,

@@ -150,8 +150,13 @@ class Backend(ABC):
         """Updates of the optimizer so far."""
         return self._adam_steps()
 
-    def save_native(self, folder: Path) -> list[str]:
+    def save_native(self, folder: Path, step: int, samples: int) -> list[str]:
         """Write the backend's own files, for other tools, into a folder (collective; DeepSpeed's alone).
+
+        Args:
+            folder: of the checkpoint.
+            step: steps of the run so far, those that were refused included.
+            samples: consumed so far by all ranks.
 
         Returns:
             Names, below the folder, of what this rank wrote.
@@ -159,7 +164,7 @@ class Backend(ABC):
         Raises:
             SwiftError: on this rank, where one cannot be written.
         """
-        del folder
+        del folder, step, samples
         return []
 
     @torch.no_grad()

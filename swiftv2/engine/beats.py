@@ -99,7 +99,7 @@ class Beats:
         while True:
             last = self._last
             try:
-                store = store or PrefixStore(self._prefix, self._world.store.clone())  # type: ignore[attr-defined]  # not in the stubs
+                store = store or PrefixStore(self._prefix, self._world.connect())
                 self._exchange(store)
             except DistNetworkError:
                 return  # A connection that broke stays broken.

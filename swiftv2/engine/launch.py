@@ -2,7 +2,7 @@
 
 import os
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +16,10 @@ from swiftv2.errors import SwiftError
 
 STORE_PATIENCE = timedelta(seconds=10)
 """How long a call to the store between ranks may take: its server dies, or is stopped, with the rank that holds it."""
+COLLECTIVE_PATIENCE = timedelta(hours=6)
+"""How long a collective may take: hangs are found sooner, and named, by the sentinel."""
+RECORDED_COLLECTIVES = "2000"
+"""Last collectives that NCCL's flight recorder keeps for a diagnosis."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,18 @@ class World:
     launcher: Launcher = "alone"
     control: dist.ProcessGroup | None = None
     """Group in which ranks agree, on the host even where the device is a GPU, so that it waits for no kernel; None alone."""
-    store: Store = field(default_factory=HashStore)
-    """What ranks tell one another from threads, on a connection of its own: a call in it may wait while training goes on."""
+    meeting: tuple[str, int] | None = None
+    """Host and port of the store through which the ranks met; None alone."""
+
+    def connect(self) -> Store:
+        """A connection of its own to the store between ranks: a call on it may wait for long, so none is for the main thread.
+
+        Raises:
+            RuntimeError: the store does not answer; it dies, or is stopped, with the process that keeps it.
+        """
+        if self.meeting is None:
+            return HashStore()
+        return PrefixStore("swiftv2", TCPStore(*self.meeting, is_master=False, timeout=STORE_PATIENCE))
 
 
 def start(config: EngineConfig) -> World:
@@ -42,12 +56,14 @@ def start(config: EngineConfig) -> World:
     """
     place = find_place(os.environ)
     if place.launcher == "mpirun" and place.size > 1 and place.address is None:
-        place = _agree_by_mpi(place)
-    device = _choose_device(config.device, place)
+        place = agree_by_mpi(place)
+    device = choose_device(config.device, place)
     os.environ["LOCAL_RANK"] = str(place.local_rank)  # DeepSpeed asks for it
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # the second before PyTorch 2.9
+            os.environ.setdefault(name, RECORDED_COLLECTIVES)
     else:
         # Spares DeepSpeed, imported later, the search for an accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -58,7 +74,7 @@ def start(config: EngineConfig) -> World:
         os.environ["RANK"], os.environ["WORLD_SIZE"] = str(place.rank), str(place.size)
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = str(place.address), str(place.port)
         try:
-            dist.init_process_group(backend, rank=place.rank, world_size=place.size)
+            dist.init_process_group(backend, rank=place.rank, world_size=place.size, timeout=COLLECTIVE_PATIENCE)
         except (dist.DistError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise SwiftError(
@@ -67,8 +83,8 @@ def start(config: EngineConfig) -> World:
     ranks = (place.rank, place.size, place.local_rank, place.local_size)
     if place.size == 1:
         return World(*ranks, device, place.launcher)
-    beside = TCPStore(str(place.address), int(str(place.port)), is_master=False, timeout=STORE_PATIENCE)
-    return World(*ranks, device, place.launcher, dist.new_group(backend="gloo"), PrefixStore("swiftv2", beside))
+    control = dist.new_group(backend="gloo", timeout=COLLECTIVE_PATIENCE)
+    return World(*ranks, device, place.launcher, control, (str(place.address), int(str(place.port))))
 
 
 def stop() -> None:
@@ -77,7 +93,7 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _agree_by_mpi(place: Place) -> Place:
+def agree_by_mpi(place: Place) -> Place:
     """Let rank 0 choose the meeting point and tell the others through MPI."""
     try:
         # Imported only here: some MPI builds abort the process when no MPI launcher is there.
@@ -103,7 +119,12 @@ def _agree_by_mpi(place: Place) -> Place:
     return Place("mpirun", place.rank, place.size, local.Get_rank(), local.Get_size(), address, port)
 
 
-def _choose_device(wanted: str, place: Place) -> torch.device:
+def choose_device(wanted: str, place: Place) -> torch.device:
+    """The device of a process: its local rank's GPU, or the CPU.
+
+    Raises:
+        SwiftError: it is not there.
+    """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -71,14 +71,14 @@ class Lease:
             SwiftError: a living process holds it; the message names it.
         """
         path = run_dir / "lease.json"
-        mine = _myself(attempt)
+        mine = this_process(attempt)
         temporary = path.with_name(f".lease.{mine.token}")
         _write(temporary, mine)
         try:
-            former = _read(path)
+            former = read_holder(path)
             if former is not None:
                 age = temporary.stat().st_mtime - path.stat().st_mtime
-                if _alive(former, mine, age, stale_seconds):
+                if is_alive(former, mine, age, stale_seconds):
                     raise SwiftError(
                         f"{run_dir} is being written by {former}, last heartbeat {max(age, 0):.0f} s ago: stop that one "
                         "first, or wait until it has ended"
@@ -89,7 +89,7 @@ class Lease:
                 os.link(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        winner = _read(path)
+        winner = read_holder(path)
         if winner is None or winner.token != mine.token:
             raise SwiftError(f"{run_dir} has just been taken by {winner or 'another process'}: one run has one writer")
         return cls(path, mine, heartbeat_seconds)
@@ -122,7 +122,7 @@ class Lease:
                     os.utime(self.path)
 
     def _still_mine(self) -> bool:
-        current = _read(self.path)
+        current = read_holder(self.path)
         if current is None or current.token != self.holder.token:
             self._lost = str(current) if current else "somebody who removed lease.json"
         return self._lost is None
@@ -130,18 +130,20 @@ class Lease:
 
 def last_attempt(run_dir: Path) -> int:
     """Attempt of the last holder; 0 where there was none."""
-    holder = _read(run_dir / "lease.json")
+    holder = read_holder(run_dir / "lease.json")
     return holder.attempt if holder else 0
 
 
-def _myself(attempt: int) -> Holder:
+def this_process(attempt: int) -> Holder:
+    """This process as a holder of an attempt."""
     job = os.environ.get("SLURM_JOB_ID")
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     pid = os.getpid()
     return Holder(socket.gethostname(), pid, _started(pid) or "", job, restart, attempt, secrets.token_hex(8), _now())
 
 
-def _alive(former: Holder, mine: Holder, age: float, stale_seconds: float) -> bool:
+def is_alive(former: Holder, mine: Holder, age: float, stale_seconds: float) -> bool:
+    """Whether a former holder still counts; `age` is that of its heartbeat in seconds, by the file system's clock."""
     if former.released:
         return False
     if former.job is not None and former.job == mine.job and former.restart < mine.restart:
@@ -172,14 +174,19 @@ def _retire(path: Path, former: Holder) -> None:
         path.rename(taken)
     except FileNotFoundError:
         return
-    current = _read(taken)
+    current = read_holder(taken)
     if current is not None and current.token != former.token:
         with contextlib.suppress(FileExistsError):
             os.link(taken, path)
     taken.unlink()
 
 
-def _read(path: Path) -> Holder | None:
+def read_holder(path: Path) -> Holder | None:
+    """Who holds a lease; None where there is no such file.
+
+    Raises:
+        SwiftError: it is no lease.
+    """
     if not path.exists():
         return None
     try:

@@ -163,7 +163,7 @@ class _Training:
             agreed = self.agree()
             if self.refusals.hopeless(self.state):
                 self.go_back()
-            done = self.state.step == train.max_steps and (evaluate is None or not _evaluation_is_due(self.state, train))
+            done = self.state.step >= train.max_steps and (evaluate is None or not _evaluation_is_due(self.state, train))
             self.save(agreed, now=done or agreed.stop > 0 or improved)
             if done or agreed.stop:
                 break
@@ -326,7 +326,7 @@ def _resume(
 
 def _evaluation_is_due(state: TrainerState, train: TrainConfig) -> bool:
     """Whether the step was to be evaluated and was not yet, which a stop may have prevented."""
-    at = state.step == train.max_steps or state.step % train.evaluate_every == 0
+    at = state.step >= train.max_steps or state.step % train.evaluate_every == 0
     return state.step > 0 and at and state.evaluated != state.step
 
 

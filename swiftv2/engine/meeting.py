@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
 from swiftv2.engine.checkup import MEET_SECONDS, own_host
-from swiftv2.engine.launch import STORE_PATIENCE, World, _agree_by_mpi, _choose_device
+from swiftv2.engine.launch import World, agree_by_mpi, choose_device
 from swiftv2.engine.place import Place, find_place
 from swiftv2.errors import RankError
 
@@ -23,7 +23,7 @@ def own_place() -> Place:
         SwiftError: the launcher's environment is incomplete.
     """
     place = find_place(os.environ)
-    return _agree_by_mpi(place) if place.launcher == "mpirun" and place.size > 1 and place.address is None else place
+    return agree_by_mpi(place) if place.launcher == "mpirun" and place.size > 1 and place.address is None else place
 
 
 def own_device(wanted: str, place: Place) -> torch.device:
@@ -36,7 +36,7 @@ def own_device(wanted: str, place: Place) -> torch.device:
     Raises:
         SwiftError: it is not there.
     """
-    chosen = _choose_device(wanted, place)
+    chosen = choose_device(wanted, place)
     if chosen.type != "cuda":
         # Spares DeepSpeed, imported later, the search for an accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -88,6 +88,4 @@ def join(place: Place, chosen: torch.device, store: Store) -> World:
     if place.size == 1:
         return World(*ranks, chosen, place.launcher)
     control = dist.new_group(backend="gloo", timeout=patience)
-    beside = connect(place)
-    beside.set_timeout(STORE_PATIENCE)
-    return World(*ranks, chosen, place.launcher, control, PrefixStore("swiftv2", beside))
+    return World(*ranks, chosen, place.launcher, control, (str(place.address), int(str(place.port))))

@@ -21,8 +21,8 @@ import swiftv2
 from swiftv2.engine.checkup import Figures, compare
 from swiftv2.engine.collective import gather
 from swiftv2.engine.launch import World
-from swiftv2.engine.lease import STALE_SECONDS, _alive, _myself, _read
-from swiftv2.engine.rundir import PACKAGES, _git_state
+from swiftv2.engine.lease import STALE_SECONDS, is_alive, read_holder, this_process
+from swiftv2.engine.rundir import PACKAGES, git_state
 from swiftv2.errors import SwiftError
 
 MB = 1_000_000
@@ -42,7 +42,7 @@ def versions(local_rank: int) -> Figures:
     has_nccl = torch.version.cuda is not None and dist.is_nccl_available()
     found["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else None  # type: ignore[no-untyped-call]
     # One question to git a host: it looks at every file of the checkout, which may lie on a shared file system.
-    return found | ({"git": _git_state()} if local_rank == 0 else {})
+    return found | ({"git": git_state()} if local_rank == 0 else {})
 
 
 def device(chosen: torch.device) -> Figures:
@@ -151,7 +151,7 @@ def disk(run_dir: Path) -> Figures:
 def lease(run_dir: Path) -> Figures:
     """Who holds the lease of a run directory, and whether that process lives; the lease is left alone."""
     path = run_dir / "lease.json"
-    former = _read(path)
+    former = read_holder(path)
     if former is None or former.released:
         return {"holder": None, "alive": False}
     # Both by the clock of the file system, as a newcomer would compare them.
@@ -163,7 +163,7 @@ def lease(run_dir: Path) -> Figures:
         age = os.fstat(descriptor).st_mtime - path.stat().st_mtime
     finally:
         os.close(descriptor)
-    alive = _alive(former, _myself(0), age, STALE_SECONDS)
+    alive = is_alive(former, this_process(0), age, STALE_SECONDS)
     return {"holder": str(former), "alive": alive, "heartbeat_seconds": max(age, 0.0)}
 
 

@@ -94,7 +94,7 @@ class RunDirectory:
 
         def prepare() -> int:
             nonlocal lease
-            if path.is_dir() and any(path.iterdir()) and not (path / "config.yaml").exists() and not _only_ours(path):
+            if path.is_dir() and any(path.iterdir()) and not (path / "config.yaml").exists() and not only_ours(path):
                 raise SwiftError(f"{path} is not empty and no run directory: give another run.dir")
             for name in FOLDERS:
                 (path / name).mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ class RunDirectory:
                 write_file(path / "environment.json", json.dumps(_environment(world), indent=1) + "\n")
                 write_file(path / "resume.sh", _resume_script(world), mode=0o755)
                 for name in ("metrics.jsonl", "events.jsonl"):
-                    _cut_torn_line(path / name)
+                    cut_torn_line(path / name)
                 run = cls(path, attempt, world, lease)
                 run.event("start", world_size=world.size, launcher=world.launcher, host=platform.node(), pid=os.getpid())
                 for key, (old, new) in changes.items():
@@ -208,7 +208,7 @@ def _finite(value: Any) -> Any:
     return None if unknown else value
 
 
-def _only_ours(path: Path) -> bool:
+def only_ours(path: Path) -> bool:
     """Whether a folder without configuration holds only what an earlier start left before it wrote one."""
     return {p.name for p in path.iterdir() if not p.name.startswith(".lease")} <= {*FOLDERS, "lease.json"}
 
@@ -218,7 +218,7 @@ def _last_written_attempt(path: Path) -> int:
     return max((row["attempt"] for name in names for row in read_lines(path / name)), default=0)
 
 
-def _cut_torn_line(path: Path) -> None:
+def cut_torn_line(path: Path) -> None:
     """Cut off what a kill has left of a last line, so that the next one begins on its own."""
     if not path.exists():
         return
@@ -268,11 +268,11 @@ def _environment(world: World) -> dict[str, Any]:
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "command": sys.orig_argv,
         "folder": str(Path.cwd()),
-        "git": _git_state(),
+        "git": git_state(),
     }
 
 
-def _git_state() -> dict[str, Any] | None:
+def git_state() -> dict[str, Any] | None:
     """Commit of the checkout from which the package runs and whether it was changed; None outside of a checkout."""
     root = Path(swiftv2.__file__).parents[1]
     git = shutil.which("git")

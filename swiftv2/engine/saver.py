@@ -98,7 +98,7 @@ class Saver:
         partial = final.with_name(f".{final.name}.{state.attempt}.{self._count}.partial")
         stretches = self._snapshot.take(self._backend.stretches(), self._synchronise)
         shapes, adam_steps = self._backend.shapes(), self._backend.adam_steps
-        native, problem = self._save_native(partial) if permanent and self._train.deepspeed_files else ([], None)
+        native, problem = self._save_native(partial, state) if permanent and self._train.deepspeed_files else ([], None)
 
         def write() -> dict[str, Written]:
             if problem is not None:
@@ -171,9 +171,9 @@ class Saver:
         if self._world.device.type == "cuda":
             torch.cuda.synchronize(self._world.device)
 
-    def _save_native(self, partial: Path) -> tuple[list[str], SwiftError | None]:
+    def _save_native(self, partial: Path, state: TrainerState) -> tuple[list[str], SwiftError | None]:
         try:
-            return self._backend.save_native(partial), None
+            return self._backend.save_native(partial, state.step, state.samples), None
         except SwiftError as error:
             return [], error
 

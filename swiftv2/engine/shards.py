@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from swiftv2.errors import SwiftError
+from swiftv2.files import named
 
 FOLDER = "state"
 _CHUNK_BYTES = 16 << 20
@@ -81,7 +82,7 @@ def write_shard(path: Path, stretches: list[Stretch], shapes: Mapping[str, tuple
     header += b" " * (-len(header) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
     digest, size = hashlib.sha256(), 0
-    with path.open("wb", buffering=0) as file:
+    with named(path), path.open("wb", buffering=0) as file:
         first = (memoryview(len(header).to_bytes(8, "little")), memoryview(header))
         for view in (*first, *(_bytes(values) for _, _, values in stretches)):
             for begin in range(0, len(view), _CHUNK_BYTES):

@@ -213,8 +213,10 @@ class ZeroBackend(Backend):
 
         return call
 
-    def save_native(self, folder: Path) -> list[str]:
+    def save_native(self, folder: Path, step: int, samples: int) -> list[str]:
         """Write DeepSpeed's own checkpoint as `deepspeed/` (collective)."""
+        # DeepSpeed counts what this process has seen of it; a run that was resumed has done more.
+        self.engine.global_steps, self.engine.global_samples = step, samples
         self._unwritten.clear()
         on_first(lambda: folder.mkdir(parents=True, exist_ok=True), self.world)
         with _quiet():

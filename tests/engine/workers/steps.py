@@ -49,7 +49,7 @@ def save(backend: Backend, folder: Path) -> None:
     taken = Snapshot().take(backend.stretches(), lambda: None)
     shard = folder / shard_name(world.rank, world.size)
     on_all(lambda: write_shard(shard, taken, {key: shapes[key] for key, _, _ in taken}, backend.adam_steps), world)
-    backend.save_native(folder)
+    backend.save_native(folder, 5, 5 * GLOBAL_BATCH)
 
 
 def weights(backend: Backend) -> dict[str, list[float]]:
