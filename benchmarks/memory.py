@@ -28,7 +28,7 @@ from swiftv2.config.engine import split_batch
 from swiftv2.config.load import find_preset, load
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.engine import launch
-from swiftv2.engine.backend import build_backend
+from swiftv2.engine.build import build_backend
 from swiftv2.errors import SwiftError
 from swiftv2.models import decay_names
 from swiftv2.plan.accounts import KINDS

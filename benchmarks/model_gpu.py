@@ -24,7 +24,8 @@ from swiftv2.config.model import ModelConfig
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.data.samples.batch import Batch
 from swiftv2.engine import launch
-from swiftv2.engine.backend import Backend, build_backend
+from swiftv2.engine.backend import Backend
+from swiftv2.engine.build import build_backend
 from swiftv2.engine.launch import World
 from swiftv2.errors import SwiftError
 from swiftv2.models import decay_names

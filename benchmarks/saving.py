@@ -21,7 +21,7 @@ from swiftv2.config.engine import TrainConfig
 from swiftv2.config.load import find_preset, load
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.engine import launch
-from swiftv2.engine.backend import build_backend
+from swiftv2.engine.build import build_backend
 from swiftv2.engine.checkpoint import TrainerState
 from swiftv2.engine.rundir import RunDirectory, read_lines
 from swiftv2.engine.saver import Saver

@@ -12,8 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from swiftv2.config.engine import EngineConfig
-from swiftv2.config.model import OptimizerConfig
 from swiftv2.engine.collective import gather, on_each
 from swiftv2.engine.launch import World
 from swiftv2.engine.shards import SavedState, Stretch
@@ -250,36 +248,6 @@ class Backend(ABC):
                 f"{len(missing)} trainable parameters got no gradient in the first step: {shown}; "
                 "freeze them (requires_grad=False) or take them out of the model"
             )
-
-
-def build_backend(
-    config: EngineConfig,
-    optimizer: OptimizerConfig,
-    module: nn.Module,
-    decay: set[str],
-    world: World,
-    micro_batch: int,
-    accumulation: int,
-) -> Backend:
-    """The backend that the configuration names, around a module whose weights are initialised (collective).
-
-    Args:
-        config: backend, ZeRO stage, precision, clipping.
-        optimizer: AdamW.
-        module: its `forward(batch)` gives the mean loss of a micro-batch; rank 0's weights are given to all.
-        decay: names of the parameters that are decayed.
-        world: this process among the ranks.
-        micro_batch: clips that a rank computes at a time.
-        accumulation: micro-batches of a rank in one step.
-    """
-    if config.backend == "plain":
-        from swiftv2.engine.plain import PlainBackend
-
-        return PlainBackend(config, optimizer, module, decay, world, accumulation)
-    # Importing DeepSpeed takes seconds: only where training starts.
-    from swiftv2.engine.zero import ZeroBackend
-
-    return ZeroBackend(config, optimizer, module, decay, world, micro_batch, accumulation)
 
 
 def _stripe(elements: int, world: World) -> slice:

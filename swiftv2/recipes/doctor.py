@@ -18,7 +18,7 @@ from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.data import keyed
 from swiftv2.data.samples.batches import BatchReader, Prefetcher, Request
 from swiftv2.engine import probes, verdicts
-from swiftv2.engine.backend import build_backend
+from swiftv2.engine.build import build_backend
 from swiftv2.engine.checkup import Answer, Check, Examination, Figures, Opinion, Remark, compare, is_out_of_memory
 from swiftv2.engine.collective import gather
 from swiftv2.engine.launch import World, stop

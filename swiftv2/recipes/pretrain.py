@@ -12,7 +12,7 @@ from swiftv2.config.load import dump
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.data.samples.batches import BatchReader
 from swiftv2.engine import launch
-from swiftv2.engine.backend import build_backend
+from swiftv2.engine.build import build_backend
 from swiftv2.engine.checkpoint import list_checkpoints
 from swiftv2.engine.collective import gather, on_first
 from swiftv2.engine.launch import World

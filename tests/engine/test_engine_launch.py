@@ -8,7 +8,7 @@ from torch import nn
 
 from swiftv2.config.engine import EngineConfig
 from swiftv2.config.model import OptimizerConfig
-from swiftv2.engine.backend import build_backend
+from swiftv2.engine.build import build_backend
 from swiftv2.engine.launch import start, stop
 from swiftv2.engine.optimizer import adamw, set_learning_rate
 from swiftv2.engine.place import Place, find_place, first_host

@@ -17,7 +17,8 @@ import torch
 from swiftv2.config.engine import EngineConfig, FaultsConfig, ScheduleConfig, TrainConfig
 from swiftv2.config.model import OptimizerConfig
 from swiftv2.engine import saver
-from swiftv2.engine.backend import Backend, build_backend
+from swiftv2.engine.backend import Backend
+from swiftv2.engine.build import build_backend
 from swiftv2.engine.checkpoint import latest, list_checkpoints, load_newest, read_weights, verify_checkpoint
 from swiftv2.engine.launch import World
 from swiftv2.engine.loop import FitResult, fit

@@ -13,7 +13,7 @@ from swiftv2.config.engine import EngineConfig, split_batch
 from swiftv2.config.load import dump, load
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.engine import launch
-from swiftv2.engine.backend import build_backend
+from swiftv2.engine.build import build_backend
 from swiftv2.engine.launch import World
 from swiftv2.engine.loop import fit
 from swiftv2.engine.rundir import RunDirectory

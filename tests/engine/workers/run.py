@@ -10,7 +10,7 @@ from toy import DECAY, GLOBAL_BATCH, Batches, Toy
 from swiftv2.config.engine import EngineConfig, FaultsConfig, ScheduleConfig, TrainConfig, split_batch
 from swiftv2.config.model import OptimizerConfig
 from swiftv2.engine import launch
-from swiftv2.engine.backend import build_backend
+from swiftv2.engine.build import build_backend
 from swiftv2.engine.loop import fit
 from swiftv2.engine.rundir import RunDirectory
 from swiftv2.engine.stream import Exclusion

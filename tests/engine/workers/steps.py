@@ -13,7 +13,8 @@ from toy import DECAY, GLOBAL_BATCH, Toy, batches
 from swiftv2.config.engine import EngineConfig
 from swiftv2.config.model import OptimizerConfig
 from swiftv2.engine import launch
-from swiftv2.engine.backend import Backend, build_backend
+from swiftv2.engine.backend import Backend
+from swiftv2.engine.build import build_backend
 from swiftv2.engine.collective import on_all, on_first
 from swiftv2.engine.launch import World
 from swiftv2.engine.shards import SavedState, Snapshot, shard_name, write_shard

@@ -26,7 +26,8 @@ from swiftv2.commands.pretrain import _lost_each_other
 from swiftv2.config.engine import EngineConfig, FaultsConfig, ScheduleConfig, TrainConfig, split_batch
 from swiftv2.config.model import OptimizerConfig
 from swiftv2.engine import launch
-from swiftv2.engine.backend import Backend, build_backend
+from swiftv2.engine.backend import Backend
+from swiftv2.engine.build import build_backend
 from swiftv2.engine.launch import World
 from swiftv2.engine.loop import FitResult, fit
 from swiftv2.engine.rundir import RunDirectory

@@ -16,7 +16,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 from swiftv2.config.engine import EngineConfig
 from swiftv2.config.model import OptimizerConfig
 from swiftv2.engine import launch
-from swiftv2.engine.backend import build_backend
+from swiftv2.engine.build import build_backend
 from swiftv2.models import decay_names
 
 WIDTHS = (301, 257, 403, 199)
