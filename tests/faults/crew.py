@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerProcess
@@ -120,7 +120,7 @@ class Job:
 def job(
     run: Path, options: Mapping[str, Any], ranks: int = 2, *, fresh: bool = False, variables: Mapping[str, str] | None = None
 ) -> Iterator[Job]:
-    """Ranks that run meanwhile; what is left of them at the end is killed.
+    """Ranks of a toy's run that go on meanwhile; what is left of them at the end is killed.
 
     Args:
         run: the run directory.
@@ -129,18 +129,35 @@ def job(
         fresh: a new interpreter for each, not a fork of one that has imported everything.
         variables: of the environment, for all ranks.
     """
+
+    def start(own: Mapping[str, str], log: Path) -> Rank:
+        own = {**own, **(variables or {})}
+        words = [str(WORKERS / "victim.py"), str(run), json.dumps(options)]
+        return _start(words, own, log) if fresh else _fork(run, options, own, log)
+
+    with _started(run, ranks, start) as one:
+        yield one
+
+
+@contextlib.contextmanager
+def command(run: Path, words: Sequence[str], ranks: int = 2) -> Iterator[Job]:
+    """Ranks of `swiftv2 WORDS`, which writes to the run directory; no launcher stands between them and the test."""
+    with _started(run, ranks, lambda own, log: _start(["-m", "swiftv2", *words], own, log)) as one:
+        yield one
+
+
+@contextlib.contextmanager
+def _started(run: Path, ranks: int, start: Callable[[Mapping[str, str], Path], Rank]) -> Iterator[Job]:
     number = len(list(run.parent.glob(f"{run.name}.said-*")))
     folder = run.parent / f"{run.name}.said-{number}"
     folder.mkdir(parents=True)
     logs = [folder / f"rank-{rank}" for rank in range(ranks)]
-    port = str(_free_port())
+    size, port = str(ranks), str(_free_port())
+    meeting = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started: list[Rank] = []
     try:
         for rank, log in enumerate(logs):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            own = {**place, **meeting, **(variables or {})}
-            started.append((_start if fresh else _fork)(run, options, own, log))
+            started.append(start({"RANK": str(rank), "LOCAL_RANK": str(rank), **meeting}, log))
         yield Job(run, started, logs)
     finally:
         for one in started:
@@ -166,10 +183,9 @@ def options(engine: Mapping[str, Any] = PLAIN, steps: int = 60, **rest: Any) -> 
     return {"engine": dict(engine), **rest, "train": settings | rest.get("train", {})}
 
 
-def _start(run: Path, asked: Mapping[str, Any], variables: Mapping[str, str], log: Path) -> Rank:
-    words = [sys.executable, str(WORKERS / "victim.py"), str(run), json.dumps(asked)]
+def _start(program: Sequence[str], variables: Mapping[str, str], log: Path) -> Rank:
     with log.open("ab") as file:
-        return subprocess.Popen(words, env=environment() | dict(variables), stdout=file, stderr=file)
+        return subprocess.Popen([sys.executable, *program], env=environment() | dict(variables), stdout=file, stderr=file)
 
 
 def _fork(run: Path, asked: Mapping[str, Any], variables: Mapping[str, str], log: Path) -> Rank:

@@ -1,5 +1,6 @@
 """A run that goes on with another number of ranks each time it is started."""
 
+import functools
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ LEG = 8
 STEPS = LEG * len(RANKS)
 
 
+def _has_come(run: Path, step: int) -> bool:
+    newest = latest(run)
+    return newest is not None and newest.step >= step
+
+
 def _losses(run: Path, steps: int) -> list[float]:
     found = rows(run, steps)
     assert [row["step"] for row in found] == list(range(1, steps + 1))
@@ -33,7 +39,7 @@ def test_a_run_on_one_two_four_two_and_one_ranks_is_the_same_run(engines: list[d
         asked = options(engine, STEPS, seconds=0.02, train={"save_every": 2})
         if leg < len(RANKS):
             with job(run, asked, ranks) as one:
-                one.until(lambda leg=leg: (found := latest(run)) is not None and found.step >= leg * LEG, f"leg {leg}")
+                one.until(functools.partial(_has_come, run, leg * LEG), f"leg {leg}")
                 one.send(signal.SIGKILL)
                 one.wait()
         else:

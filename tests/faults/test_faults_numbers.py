@@ -30,7 +30,7 @@ def test_refused_steps_are_as_if_they_had_been_passed_over(engine: dict[str, Any
     steps, refused = 30, {6: "its loss is not finite", 11: "its gradient norm is not finite", 24: "mean + 6 sigma of 12 steps"}
     first, second = (_clips(step) for step in (6, 11))
     poison = {first[1]: NAN} | dict.fromkeys(_clips(24), 1e4)
-    common = {"faults": {"spike_window": 12}, "train": {"save_every": 4}}
+    common: dict[str, Any] = {"faults": {"spike_window": 12}, "train": {"save_every": 4}}
     asked = options(engine, steps, poison=poison, gradient=[second[-1]], seconds=0.01, **common)
     with job(run, asked) as one:
         one.until_step(14)
