@@ -3,7 +3,7 @@
 import random
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -59,7 +59,7 @@ def settings(engine: Mapping[str, Any], steps: int, save_minutes: float = 0.0) -
 
 
 def run_chain(
-    run: Path, engine: Mapping[str, Any], steps: int, kills: Sequence[Kill], draw: random.Random, ranks: int = 2
+    run: Path, engine: Mapping[str, Any], steps: int, kills: Iterable[Kill], draw: random.Random, ranks: int = 2
 ) -> Iterator[Killed]:
     """Start a run once for every kill, and once more to its end; tells each kill when the ranks are gone.
 
@@ -76,9 +76,8 @@ def run_chain(
 
 def _until(one: Job, when: When, steps: int, draw: random.Random) -> None:
     if when == "the start":
-        attempts = len(events(one.run, "start"))
-        one.until(lambda: len(events(one.run, "start")) > attempts, when)
-        time.sleep(draw.uniform(0, 0.3))
+        one.until(lambda: any((one.run / "logs").glob(f"stacks-rank-*-attempt-{one.attempt()}.txt")), when)
+        time.sleep(draw.uniform(0, 0.1))
         return
     begin = latest(one.run)
     first = begin.step if begin else 0

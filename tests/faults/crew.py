@@ -71,7 +71,7 @@ class Job:
         """Exit statuses by rank, negative signals among them, once all have ended by themselves.
 
         Raises:
-            AssertionError: some did not within the time; what they said is told.
+            AssertionError: some did not within the time; what they said is told, and where they are.
         """
         self.until(lambda: all(rank.poll() is not None for rank in self.ranks), "end", seconds, meanwhile=False)
         return [rank.poll() or 0 for rank in self.ranks]
@@ -87,19 +87,23 @@ class Job:
             ended = meanwhile and any(rank.poll() is not None for rank in self.ranks)
             if (ended and not happened()) or time.monotonic() > deadline:
                 statuses = [rank.poll() for rank in self.ranks]
-                raise AssertionError(f"{what}: waited in vain, statuses {statuses}\n{self.said()[-3000:]}")
+                self.send(signal.SIGABRT)  # Victims tell their stacks.
+                time.sleep(1)
+                raise AssertionError(f"{what}: waited in vain, statuses {statuses}\n{self.said()[-6000:]}")
             time.sleep(POLL)
 
     def until_step(self, step: int) -> None:
         """Wait for a step of this start to be written down."""
-        path, attempt = self.run / "metrics.jsonl", self._attempt()
+        path, attempt = self.run / "metrics.jsonl", self.attempt()
         self.until(lambda: any(row["step"] >= step and row["attempt"] >= attempt for row in read_lines(path)), f"step {step}")
 
     def until_mark(self, name: str) -> None:
         """Wait for a place that a rank marks."""
         self.until((self.run / "logs" / name).exists, name)
 
-    def _attempt(self) -> int:
+    def attempt(self) -> int:
+        """Number of this start of the run, once it has begun."""
+
         def begun() -> list[dict[str, Any]]:
             return [row for row in events(self.run, "start") if row["pid"] == self.ranks[0].pid]
 

@@ -3,9 +3,12 @@
 Options, all but `engine` and `train` may be left out: `engine`, `train`, `faults`: settings; `seconds`: of every micro-batch;
 `evaluate`: {parts, seconds}; `poison`: {clip: factor on its targets}; `gradient`: clips whose gradient is infinite; `exclude`:
 [[clip, position]]; `slow`: {rank, step, seconds} of one wait for data; `ask`: a signal to itself before the first batch;
-`die`: {stage, rank, step}, see `stages`. It touches files in `logs` that tell where it is.
+`unborn`: a rank that dies before its backend is built; `die`: {stage, rank, step}, see `stages`.
+
+It touches files in `logs` that tell where it is.
 """
 
+import faulthandler
 import json
 import os
 import sys
@@ -19,7 +22,7 @@ import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "engine" / "workers"))
-from stages import arm
+from stages import arm, die
 from toy import DECAY, GLOBAL_BATCH, Batches, Micro, Toy, sample
 
 from swiftv2.commands.pretrain import _lost_each_other
@@ -119,6 +122,8 @@ def train(path: Path, options: dict[str, Any]) -> FitResult:
 
     try:
         with RunDirectory.open(path, text, world) as run:
+            if world.rank == options.get("unborn"):
+                die()
             backend = build_backend(engine, optimizer, module, DECAY, world, micro, accumulation)
             asked = options.get("evaluate")
             result = fit(
@@ -142,6 +147,7 @@ def train(path: Path, options: dict[str, Any]) -> FitResult:
 
 def main(path: Path, options: dict[str, Any]) -> int:
     """Train, and tell failures as the command line does: one line, and a status."""
+    faulthandler.enable()
     try:
         return train(path, options).exit_status
     except SwiftError as error:
