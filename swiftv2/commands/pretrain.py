@@ -1,7 +1,9 @@
 """The command that pretrains."""
 
 import argparse
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,9 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         say(dump(config).rstrip("\n"))
         return 0
+    # Before the first step, and after the last, nothing is lost by ending at once; in between the loop hears them itself.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda *_: os._exit(InterruptedRunError.exit_status))
     from swiftv2.recipes.pretrain import pretrain
 
     try:

@@ -144,8 +144,9 @@ class DataConfig(Config):
     """Largest share of the training clips that may be left out so before the run ends."""
     exclude: Path | None = None
     """Clips left out from the beginning: an `exclusions.json` that another run on the same store has written."""
-    patience_seconds: NonNegativeFloat = 600.0
-    """Seconds that a rank waits for a store that cannot be reached before it ends with an error."""
+    patience_seconds: NonNegativeFloat = 150.0
+    """Seconds that a rank waits for a store that cannot be reached before it ends; others wait for it meanwhile, so this is to
+    be less than faults.hang_seconds."""
     normalisation: NormalisationConfig = NormalisationConfig()
     """Scaling of the BOLD signal."""
     split: SplitConfig = SplitConfig()

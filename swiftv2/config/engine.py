@@ -112,9 +112,10 @@ class FaultsConfig(Config):
     most_rewinds: NonNegativeInt = 3
     """Rewinds of a run; where another one would be due, it ends with a diagnosis."""
     failed_saves: PositiveInt = 3
-    """Ephemeral checkpoints in a row that may fail (a full disk) before the run ends."""
-    hang_seconds: PositiveFloat = 900.0
-    """Seconds without a step after which all ranks write down where they are and end; evaluations and saves count alike."""
+    """Checkpoints in a row that may fail (a full disk) before the run ends."""
+    hang_seconds: PositiveFloat = 180.0
+    """Seconds without a micro-batch after which all ranks write down where they are and end; five times as many while loading,
+    in the first step, in an evaluation and in a save."""
     grace_seconds: PositiveFloat = 240.0
     """Seconds after a request to stop within which a step must end; then the run ends on its last checkpoint."""
 

@@ -11,6 +11,9 @@ from torch.distributed import DistNetworkError, PrefixStore, Store  # type: igno
 
 from swiftv2.engine.launch import World
 
+LEFT = ("failed", "lost")
+"""States of ranks that left, but not as they should."""
+
 
 @dataclass(frozen=True)
 class Beat:
@@ -23,7 +26,7 @@ class Beat:
     seconds: float
     """Seconds since it came there."""
     state: str = "runs"
-    """runs, then done or failed (left), or written (about to end, with all written down)."""
+    """runs; left, as done, failed by an error of its own, or lost where others were; or written, about to end so."""
     stop: str | None = None
     """What asked to stop, on this rank or another."""
     end: dict[str, Any] | None = None

@@ -14,13 +14,14 @@ from swiftv2.config.engine import TrainConfig
 from swiftv2.engine.backend import Backend
 from swiftv2.engine.collective import on_first
 from swiftv2.engine.launch import World
-from swiftv2.engine.manifest import check_hashes, check_sizes, hash_file, read_manifest, write_manifest
+from swiftv2.engine.manifest import check_hashes, hash_file, look_at, write_manifest
 from swiftv2.engine.shards import SavedState, Written
 from swiftv2.engine.stream import Exclusion
 from swiftv2.errors import SwiftError
 from swiftv2.files import read_json, sync, write_file
 
 TRAINER = "trainer.json"
+_REPLACED = ".replaced"
 _NEWEST = 2
 """Whole checkpoints that are always kept, of whatever kind."""
 
@@ -98,8 +99,7 @@ def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
     for path in (run_dir / "checkpoints").glob("step_*"):
         number = re.fullmatch(r"step_(\d+)", path.name)
         if number and path.is_dir():
-            problem = check_sizes(path)
-            kind = None if problem else str(read_manifest(path)["kind"])
+            problem, kind = look_at(path)
             found.append(Checkpoint(path, int(number.group(1)), problem, kind))
     return sorted(found, key=lambda c: -c.step)
 
@@ -134,10 +134,25 @@ def commit(partial: Path, final: Path, kind: str, state: TrainerState, files: Ma
     """
     write_file(partial / TRAINER, json.dumps(dataclasses.asdict(state), indent=1) + "\n")
     write_manifest(partial, kind, {**files, TRAINER: hash_file(partial / TRAINER)})
+    aside = final.with_name(f".{final.name}{_REPLACED}")
     if final.exists():
-        remove(final)
+        final.rename(aside)
     partial.rename(final)
     sync(final.parent)
+    if aside.exists():
+        shutil.rmtree(aside)
+
+
+def clear(run_dir: Path) -> None:
+    """Remove what a killed process has left behind, and bring back what it was about to replace."""
+    folder = run_dir / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    for aside in folder.glob(f".step_*{_REPLACED}"):
+        final = folder / aside.name.removeprefix(".").removesuffix(_REPLACED)
+        if not final.exists():
+            aside.rename(final)
+    for leftover in folder.glob(".step_*"):
+        shutil.rmtree(leftover)
 
 
 def load_newest(
@@ -192,15 +207,18 @@ def read_weights(checkpoint: Path) -> dict[str, Any]:
         return saved.weights()
 
 
-def outdated(run_dir: Path, train: TrainConfig, best_step: int | None) -> list[Path]:
-    """Whole checkpoints that are no longer kept.
+def outdated(run_dir: Path, train: TrainConfig, state: TrainerState) -> list[Path]:
+    """Whole checkpoints that are no longer kept after this state was saved.
 
-    Kept are the newest two of all, the best, the last `keep_last` permanent ones beside it, and permanent ones that
-    `keep_every` divides. Damaged ones neither count nor are touched.
+    Kept are the newest two of all, the best, the last `keep_last` permanent ones beside it, permanent ones that `keep_every`
+    divides, and the newest from before the steps that were refused, to which the run may have to go back. Damaged ones, and
+    those that lie ahead of a state that was gone back to, neither count nor are touched.
     """
-    whole = [c for c in list_checkpoints(run_dir) if c.problem is None]
-    permanent = [c for c in whole if c.kind == "permanent" and c.step != best_step]
-    kept = {c.step for c in whole[:_NEWEST]} | {c.step for c in permanent[: train.keep_last]} | {best_step}
+    whole = [c for c in list_checkpoints(run_dir) if c.problem is None and c.step <= state.step]
+    permanent = [c for c in whole if c.kind == "permanent" and c.step != state.best_step]
+    kept = {c.step for c in whole[:_NEWEST]} | {c.step for c in permanent[: train.keep_last]} | {state.best_step}
+    if state.refused:
+        kept |= {c.step for c in [c for c in whole if c.step < state.refused[0]["step"]][:1]}
     if train.keep_every is not None:
         kept |= {c.step for c in permanent if c.step % train.keep_every == 0}
     return [c.path for c in whole if c.step not in kept]

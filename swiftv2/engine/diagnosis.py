@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-from swiftv2.engine.beats import Beat
+from swiftv2.engine.beats import LEFT, Beat
 
 _ALONE = ("data",)  # phases in which a rank waits for no other
 
@@ -40,7 +40,7 @@ def describe_fault(beats: Sequence[Beat], silent: Collection[int], suspects: Seq
     first = known.get(suspects[0])
     where = f" on {first.host}" if first else ""
     others = f" and {len(suspects) - 1} more" if len(suspects) > 1 else ""
-    if first is not None and first.state == "failed":
+    if first is not None and first.state in LEFT:
         what = "which left by an error"
     elif first is None or first.rank in silent:
         what = "which is silent"

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from swiftv2.errors import SwiftError
-from swiftv2.files import read_json
+from swiftv2.files import read_json, write_file
 
 HEARTBEAT_SECONDS = 15.0
 STALE_SECONDS = 120.0
@@ -75,9 +75,16 @@ class Lease:
         temporary = path.with_name(f".lease.{mine.token}")
         _write(temporary, mine)
         try:
-            former = read_holder(path)
+            age = temporary.stat().st_mtime - path.stat().st_mtime if path.exists() else 0.0
+            try:
+                former = read_holder(path)
+            except SwiftError:
+                # Torn by a node that died; one that is being written is no older than this.
+                if age < stale_seconds:
+                    raise
+                former = None
+                path.rename(path.with_name(f".lease.torn.{mine.token}"))
             if former is not None:
-                age = temporary.stat().st_mtime - path.stat().st_mtime
                 if is_alive(former, mine, age, stale_seconds):
                     raise SwiftError(
                         f"{run_dir} is being written by {former}, last heartbeat {max(age, 0):.0f} s ago: stop that one "
@@ -97,6 +104,15 @@ class Lease:
     @property
     def lost(self) -> str | None:
         """Who took the lease away from this process, where somebody did: it must stop writing."""
+        return self._lost
+
+    def taker(self) -> str | None:
+        """The same, by the file as it is now: a process that was stopped for a while has missed it.
+
+        A file that cannot be read just now tells nothing.
+        """
+        with contextlib.suppress(OSError, SwiftError):
+            self._still_mine()
         return self._lost
 
     def release(self) -> None:
@@ -196,7 +212,7 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def _write(path: Path, holder: Holder) -> None:
-    path.write_text(json.dumps(asdict(holder), indent=1) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(asdict(holder), indent=1) + "\n")
 
 
 def _now() -> str:

@@ -1,25 +1,25 @@
 """The training loop: resume or start, then evaluate, agree, save, step, until done or asked to stop."""
 
 import contextlib
-import hashlib
 import math
 import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from swiftv2.config.engine import FaultsConfig, ScheduleConfig, TrainConfig
 from swiftv2.engine.backend import Backend, StepResult
-from swiftv2.engine.checkpoint import TrainerState, load_newest
-from swiftv2.engine.collective import Agreed, agree, on_first
+from swiftv2.engine.checkpoint import TrainerState
+from swiftv2.engine.collective import Agreed, agree
 from swiftv2.engine.guard import SpikeGuard
 from swiftv2.engine.launch import World
 from swiftv2.engine.meter import Meter
 from swiftv2.engine.pace import Pace
 from swiftv2.engine.progress import ProgressLine
 from swiftv2.engine.refusals import Refusals
+from swiftv2.engine.resume import resume, without_effect
 from swiftv2.engine.rundir import RunDirectory
 from swiftv2.engine.saver import Saver
 from swiftv2.engine.schedule import learning_rate
@@ -33,6 +33,10 @@ Evaluate = Callable[[int, Callable[[], None]], Mapping[str, float]]
 Batches = Callable[[int, list[Exclusion]], Stream]
 
 _PACE_STEPS = 50
+_TELLING_SECONDS = 5.0
+"""Seconds in which a rank that failed has told the others."""
+_PATIENCE = 2
+"""Times `faults.hang_seconds` that a checkpoint may take beside training."""
 _PASSED_OVER = StepResult(math.nan, math.nan, "train.skip_steps names it")
 _MARGIN_SECONDS = 10.0
 """Left over at a time limit, for what comes after the last save."""
@@ -98,17 +102,27 @@ def fit(
     faults = faults or FaultsConfig()
     began = time.time()
     with contextlib.ExitStack() as stack:
+        end = end_time(train.time_limit_minutes, os.environ, began)
         watch = stack.enter_context(
-            Sentinel(world, run.path / "logs", run.attempt, faults.hang_seconds, faults.grace_seconds, run.alarm)
+            Sentinel(world, run.path / "logs", run.attempt, faults.hang_seconds, faults.grace_seconds, run.alarm, end=end)
         )
-        request = stack.enter_context(StopRequest(end_time(train.time_limit_minutes, os.environ, began), heard=watch.stopping))
+        request = stack.enter_context(StopRequest(end, heard=watch.stopping))
         saver = stack.enter_context(Saver(run, backend, world, train))
-        state = _resume(backend, world, run, train, schedule, seed)
+        late = "the file system has not taken a checkpoint for longer than any step may take"
+        watch.mind(lambda: late if saver.overdue(_PATIENCE * faults.hang_seconds) else None)
+        state = resume(backend, world, run, train, schedule, seed)
         progress = stack.enter_context(ProgressLine(world, state.step, train.max_steps))
         parts = _Parts(backend, world, run, batches, train, faults, watch, request, saver, progress)
         training = _Training(parts, state, lambda step: learning_rate(step, schedule, peak_lr, train.max_steps))
         stack.callback(training.close)
-        return training.run(evaluate, best_metric)
+        try:
+            return training.run(evaluate, best_metric)
+        except RuntimeError as error:
+            # A rank that fails leaves the others in a collective: they end as it does, and not as if a node had died.
+            culprit = watch.failed(_TELLING_SECONDS)
+            if culprit is None:
+                raise
+            raise SwiftError(f"rank {culprit} ended by an error of its own, and this one with it") from error
 
 
 class _Parts(NamedTuple):
@@ -156,6 +170,12 @@ class _Training:
         began = f"resumed after step {self.state.step}" if self.state.step else "begun"
         ranks = f"{self.parts.world.size} rank{'s' if self.parts.world.size > 1 else ''} on {self.parts.world.device.type}"
         self.parts.progress.note(f"{run.path}: {began}, attempt {run.attempt}, {ranks}")
+        for line in without_effect(train, self.state):
+            self.parts.progress.note(line)
+        if self.state.step == 0:
+            # The disk is tried at once, and there is something to go back to.
+            self.parts.saver.begin(self.state, permanent=False)
+            self.saved = self.state
         while True:
             improved = evaluate is not None and self.evaluate(evaluate, best_metric)
             if _is_logged(self.state, train, self.values, improved=improved):
@@ -226,7 +246,7 @@ class _Training:
             return
         self.parts.watch.at(self.state.step, "save")
         self.finish_save()
-        self.parts.saver.begin(self.state, permanent=permanent)
+        self.parts.saver.begin(self.state, permanent=permanent, native=not agreed.stop)
         self.saved = self.state
 
     def finish_save(self, *, last: bool = False) -> None:
@@ -296,32 +316,9 @@ class _Training:
             waited = time.perf_counter() - asked
             self.meter.waited(waited)
             self.pace.waited(waited)
-            watch.at(step, "compute")
+            watch.at(step, "compute" if self.meter.longest else "warm-up")
             if compute:
                 backend.forward_backward(batch)
-
-
-def _resume(
-    backend: Backend, world: World, run: RunDirectory, train: TrainConfig, schedule: ScheduleConfig, seed: int
-) -> TrainerState:
-    """Load the newest whole checkpoint, or begin at step 0."""
-    former, problems = load_newest(run.path, backend, world)
-    for problem in problems:
-        run.event("checkpoint_damaged", problem=problem)
-    now: dict[str, Any] = {
-        "attempt": run.attempt,
-        "world_size": world.size,
-        "micro_batch": train.global_batch // (world.size * backend.accumulation),
-        "accumulation": backend.accumulation,
-        "config_sha256": on_first(lambda: hashlib.sha256((run.path / "config.yaml").read_bytes()).hexdigest(), world),
-        "schedule": {**schedule.model_dump(), "max_steps": train.max_steps},
-    }
-    if former is None:
-        return TrainerState(step=0, samples=0, seed=seed, **now)
-    if former.seed != seed:
-        raise SwiftError(f"{run.path} was begun with run.seed={former.seed}, not {seed}: give another run.dir")
-    run.event("resumed", former.step, world_size=former.world_size, passed_over=len(problems))
-    return replace(former, **now)
 
 
 def _evaluation_is_due(state: TrainerState, train: TrainConfig) -> bool:

@@ -56,21 +56,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_sizes(folder: Path) -> str | None:
-    """What is visibly wrong with a checkpoint without reading its files: None, or one line that names the file."""
+def look_at(folder: Path) -> tuple[str | None, str | None]:
+    """What is visibly wrong with a checkpoint without reading its files, in one line that names the file; and its kind.
+
+    Either is None: nothing is wrong, or the kind cannot be told.
+    """
     try:
-        for name, entry in read_manifest(folder)["files"].items():
+        manifest = read_manifest(folder)
+        for name, entry in manifest["files"].items():
             path = folder / name
             if not path.is_file():
-                return f"{path} is missing"
+                return f"{path} is missing", None
             size = path.stat().st_size
             if size != entry["size"]:
-                return f"{path} has {size} bytes, not {entry['size']}: it is truncated or was changed"
+                return f"{path} has {size} bytes, not {entry['size']}: it is truncated or was changed", None
     except SwiftError as error:
-        return str(error)
+        return str(error), None
     except OSError as error:
-        return f"{error.filename}: {error.strerror}"
-    return None
+        return f"{error.filename}: {error.strerror}", None
+    return None, str(manifest["kind"])
 
 
 def check_hashes(folder: Path, world: World | None = None) -> str | None:
@@ -80,7 +84,7 @@ def check_hashes(folder: Path, world: World | None = None) -> str | None:
         folder: the checkpoint.
         world: where given, the ranks share the reading and all get the same answer (collective).
     """
-    problem = check_sizes(folder) if world is None or world.rank == 0 else None
+    problem = look_at(folder)[0] if world is None or world.rank == 0 else None
     if world is not None:
         problem = next((p for p in gather(problem, world) if p), None)
     if problem:

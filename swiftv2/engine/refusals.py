@@ -79,7 +79,9 @@ class Refusals:
         first, last = state.refused[0]["step"], state.step
         if state.rewinds >= self.config.most_rewinds:
             raise self._give_up(state, f"although the run went back {state.rewinds} times")
-        former, _ = load_newest(self.run.path, self.backend, self.world, before=first)
+        former, problems = load_newest(self.run.path, self.backend, self.world, before=first)
+        for problem in problems:
+            self.run.event("checkpoint_damaged", problem=problem)
         if former is None:
             raise self._give_up(state, "and there is no checkpoint from before them")
         known = {one.clip: one for one in state.exclusions}

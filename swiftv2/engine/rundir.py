@@ -194,11 +194,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of `metrics.jsonl` by step: where a step was done again, after a kill or a rewind, the last of them."""
+    """Values of `metrics.jsonl` by step: where a step was done again, after a kill or a rewind, the last of each.
+
+    An evaluation that was made up for stands in a line of its own.
+    """
     last: dict[int, dict[str, Any]] = {}
     for row in read_lines(path):
-        if row["attempt"] >= last.get(row["step"], row)["attempt"]:
-            last[row["step"]] = row
+        former = last.get(row["step"], row)
+        if row["attempt"] >= former["attempt"]:
+            last[row["step"]] = former | row
     return [last[step] for step in sorted(last)]
 
 

@@ -12,11 +12,11 @@ import torch
 
 from swiftv2.config.engine import TrainConfig
 from swiftv2.engine.backend import Backend
-from swiftv2.engine.checkpoint import TrainerState, commit, outdated, remove
+from swiftv2.engine.checkpoint import TrainerState, clear, commit, outdated, remove
 from swiftv2.engine.collective import gather, on_first
 from swiftv2.engine.launch import World
 from swiftv2.engine.manifest import hash_file
-from swiftv2.engine.rundir import RunDirectory
+from swiftv2.engine.rundir import RunDirectory, read_lines
 from swiftv2.engine.shards import Snapshot, Stretch, Written, shard_name, write_shard
 from swiftv2.errors import SwiftError
 
@@ -64,7 +64,8 @@ class Saver:
         self.longest = 0.0
 
     def __enter__(self) -> Self:
-        on_first(self._clear, self._world)
+        on_first(lambda: clear(self._run.path), self._world)
+        self.longest = on_first(self._longest_before, self._world)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -80,16 +81,26 @@ class Saver:
         """Whether nothing of this rank is still on its way to the disk."""
         return self._current is None or self._current.written.done()
 
+    def overdue(self, seconds: float) -> bool:
+        """Whether the save under way has not come to its end for so long: a file system that no longer answers."""
+        current = self._current
+        return current is not None and not current.written.done() and time.monotonic() - current.began > seconds
+
     @property
     def due(self) -> bool:
         """Whether it is time for an ephemeral checkpoint, by this rank's clock."""
         minutes = self._train.save_minutes
         return minutes > 0 and not self.busy and time.monotonic() - self._last >= 60 * minutes
 
-    def begin(self, state: TrainerState, *, permanent: bool) -> None:
+    def begin(self, state: TrainerState, *, permanent: bool, native: bool = True) -> None:
         """Take a copy of the state and begin to write it; what the thread cannot write is told by `finish`.
 
         Collective where DeepSpeed's own files are written; a save that is still on its way must be finished first.
+
+        Args:
+            state: where the run stands.
+            permanent: whether it is kept as such, and holds DeepSpeed's own files.
+            native: whether there is time for those.
         """
         began = time.monotonic()
         self._last = began
@@ -98,12 +109,13 @@ class Saver:
         partial = final.with_name(f".{final.name}.{state.attempt}.{self._count}.partial")
         stretches = self._snapshot.take(self._backend.stretches(), self._synchronise)
         shapes, adam_steps = self._backend.shapes(), self._backend.adam_steps
-        native, problem = self._save_native(partial, state) if permanent and self._train.deepspeed_files else ([], None)
+        wanted = native and permanent and self._train.deepspeed_files
+        files, problem = self._save_native(partial, state) if wanted else ([], None)
 
         def write() -> dict[str, Written]:
             if problem is not None:
                 raise problem
-            return self._write(partial, stretches, shapes, adam_steps, native)
+            return self._write(partial, stretches, shapes, adam_steps, files)
 
         written = self._thread.submit(write)
         kind = "permanent" if permanent else "ephemeral"
@@ -120,7 +132,7 @@ class Saver:
             return None
         waited = time.monotonic()
         # Only rank 0 holds the lease: a run that was taken over saves nothing more.
-        taker = self._run.lease.lost if self._run.lease else None
+        taker = self._run.lease.taker() if self._run.lease else None
         parts, problems, takers = zip(*gather((*_outcome(save.written), taker), self._world), strict=True)
         if takers[0] is not None:
             raise SwiftError(f"{self._run.path} was taken over by {takers[0]}: this process ends without saving")
@@ -155,7 +167,7 @@ class Saver:
 
     def _commit(self, save: _Save, final: Path, files: dict[str, Written]) -> list[Path]:
         commit(save.partial, final, save.kind, save.state, files)
-        return outdated(self._run.path, self._train, save.state.best_step)
+        return outdated(self._run.path, self._train, save.state)
 
     def _failure(self, save: _Save, final: Path, problem: str) -> Saved:
         self.failed_in_a_row += 1
@@ -193,12 +205,10 @@ class Saver:
             except OSError as error:
                 self._run.event("not_removed", folder=folder.name, problem=error.strerror)
 
-    def _clear(self) -> None:
-        """Remove what a killed process has left behind."""
-        folder = self._run.path / "checkpoints"
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".step_*"):
-            shutil.rmtree(leftover)
+    def _longest_before(self) -> float:
+        """Seconds that saves of former attempts took at most: a time limit may come before the first of this one."""
+        rows = read_lines(self._run.path / "events.jsonl")
+        return max((float(row["seconds"]) for row in rows if row.get("event") == "saved"), default=0.0)
 
 
 def _outcome(written: "Future[dict[str, Written]]") -> tuple[dict[str, Written], str | None]:

@@ -16,15 +16,22 @@ from typing import Any, Literal, Self
 
 from torch._C import _distributed_c10d as distributed
 
-from swiftv2.engine.beats import Beat, Beats
+from swiftv2.engine.beats import LEFT, Beat, Beats
 from swiftv2.engine.diagnosis import describe_fault, find_suspects
 from swiftv2.engine.launch import World
 from swiftv2.engine.signals import STOPPED_EARLY
+from swiftv2.errors import InterruptedRunError
 
 Kind = Literal["hang", "lost", "grace"]
 Verdict = dict[str, Any]
 
 LOST_SECONDS = 120.0
+_LONG_PHASES = ("start", "warm-up", "evaluate", "save")
+"""Phases in which all ranks are together, and that may take long: loading, the first step, writing."""
+_PATIENCE = 5
+"""How many times longer they may take."""
+_OVERTIME = 15.0
+"""Seconds past the end of the time before the process is ended; Slurm kills after 30 by default."""
 _BEATS_MISSED = 3
 """Beats without which a rank counts as silent in a diagnosis."""
 _ENTERED = itertools.count()
@@ -52,6 +59,7 @@ class Sentinel:
         grace_seconds: float,
         tell: Callable[[str, dict[str, Any]], None],
         lost_seconds: float = LOST_SECONDS,
+        end: float | None = None,
     ) -> None:
         """Nothing is watched before the sentinel is entered.
 
@@ -65,6 +73,7 @@ class Sentinel:
                 `reported_by`, `silent` (rank, host, seconds), `behind` (rank, host, step, phase, seconds of each rank) and
                 `suspects`, the ranks most likely at fault. If it fails or hangs, the process ends all the same.
             lost_seconds: seconds of silence from which a rank counts as lost.
+            end: unix time at which the run must be over; a little later it is ended.
         """
         self._world = world
         self._hang, self._lost, self._grace = hang_seconds, lost_seconds, grace_seconds
@@ -76,6 +85,8 @@ class Sentinel:
         self._interval = min(5.0, hang_seconds / 6, lost_seconds / 6)
         self._missed = _BEATS_MISSED * self._interval
         self._linger = max(2.0, self._missed)
+        self._end_time = end
+        self._minded: list[Callable[[], str | None]] = []
         self._host = socket.gethostname()
         self._beats = Beats(world, f"sentinel/{attempt}/{next(_ENTERED)}", self._interval, self._beat)
         self._here: tuple[int, str] = (0, "start")
@@ -91,6 +102,20 @@ class Sentinel:
     def at(self, step: int, phase: str) -> None:
         """The loop has come this far: "start", "data", "compute", "evaluate", "save", ... of a step."""
         self._here = (step, phase)
+
+    def mind(self, why: Callable[[], str | None]) -> None:
+        """Ask this now and then, from another thread: an answer is why the run cannot go on, as a hang is."""
+        self._minded.append(why)
+
+    def failed(self, seconds: float) -> int | None:
+        """A rank that has ended by an error of its own, which is waited for so long; None where none has told so."""
+        until = time.monotonic() + seconds
+        while True:
+            found = [rank for rank, peer in self._beats.peers.items() if peer.beat and peer.beat.state == "failed"]
+            if found or time.monotonic() > until or not self._beats.peers:
+                return min(found, default=None)
+            self._beats.now()
+            time.sleep(0.2)
 
     def stopping(self, reason: str) -> None:
         """A stop was asked, on whichever rank: all have the grace time from now on to leave the context (any thread)."""
@@ -110,7 +135,7 @@ class Sentinel:
             if self._verdict is None:
                 self._left.set()
         self._watcher.join()  # Where it has begun to end the process, that is here.
-        self._state = "done" if error is None else "failed"
+        self._state = "done" if error is None else "lost" if isinstance(error, RuntimeError | InterruptedRunError) else "failed"
         self._beats.finish(self._linger)
         faulthandler.cancel_dump_traceback_later()
         self._stacks.close()
@@ -121,6 +146,15 @@ class Sentinel:
         return Beat(self._world.rank, self._host, *self._here, self._idle, self._state, self._stop, self._verdict)
 
     def _watch(self) -> None:
+        """Watch; where that fails by a mistake in the program, say so and be silent, so that the others find out."""
+        try:
+            self._count()
+        except Exception as error:
+            self._beats.finish(0.0)
+            sys.stderr.write(f"swiftv2: rank {self._world.rank} is no longer watched: {error!r}\n")
+            raise
+
+    def _count(self) -> None:
         """Count the seconds without progress, and end the process where there are too many."""
         tick = min(1.0, self._interval / 2)
         seen, rounds, armed, asked = self._here, self._beats.rounds, self._interval, 0.0
@@ -169,7 +203,7 @@ class Sentinel:
     def _judge(self, asked: float) -> Verdict | None:
         """Why this rank must end, None while it need not."""
         step, phase = self._here
-        if self._idle >= self._hang:
+        if self._idle >= self._hang * (_PATIENCE if phase in _LONG_PHASES else 1):
             return self._verdict_of(
                 "hang", f"rank {self._world.rank} has not got on for {self._idle:.0f} s ({phase} of step {step})"
             )
@@ -179,6 +213,12 @@ class Sentinel:
             names = [f"rank {one['rank']} on {one['host']} is silent for {one['seconds']:.0f} s" for one in lost]
             store = ["the store between ranks, which rank 0 or its launcher keeps, does not answer"] if unanswered else []
             return self._verdict_of("lost", "; ".join(names + store))
+        if self._end_time is not None and time.time() > self._end_time + _OVERTIME:
+            return self._verdict_of("grace", "the time is over, and a step or a save did not end in time")
+        for why in self._minded:
+            cause = why()
+            if cause is not None:
+                return self._verdict_of("hang", f"rank {self._world.rank}: {cause}")
         if self._stop and asked >= self._grace:
             return self._verdict_of("grace", f"asked to stop ({self._stop}), but not done within {self._grace:.0f} s")
         return None
@@ -200,7 +240,7 @@ class Sentinel:
     def _verdict_of(self, kind: Kind, cause: str) -> Verdict:
         """What the other ranks are told: little, as each of them reads it from all."""
         silent = {one["rank"] for one in self._silent(self._missed)}
-        answering = [beat.rank for beat in self._all_beats() if beat.rank not in silent and beat.state != "failed"]
+        answering = [beat.rank for beat in self._all_beats() if beat.rank not in silent and beat.state not in LEFT]
         return {"kind": kind, "cause": cause, "reported_by": self._world.rank, "teller": min(answering)}
 
     def _all_beats(self) -> list[Beat]:

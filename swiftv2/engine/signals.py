@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import select
 import signal
 import socket
@@ -20,6 +21,8 @@ TIME_LIMIT = signal.NSIG
 
 _HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _INTERRUPTS_BEFORE_GIVING_UP = 3
+_GIVING_UP_SECONDS = 5.0
+_INTERRUPTED = 130
 _LONGEST_WAIT = 60.0  # so that a clock that was set anew is heeded
 
 
@@ -118,7 +121,7 @@ class StopRequest:
 
     def _listen(self, told: socket.socket) -> None:
         """Note what is read until the other end is closed, and the end of the time."""
-        silent = True
+        silent, interrupts = True, 0
         while True:
             left = self._end - time.time() if self._end is not None and silent else _LONGEST_WAIT
             if select.select([told], [], [], min(max(left, 0.0), _LONGEST_WAIT))[0]:
@@ -126,6 +129,9 @@ class StopRequest:
                 if not numbers:
                     return
                 codes = [number for number in numbers if number in _HEARD]
+                interrupts += codes.count(signal.SIGINT)
+                if interrupts >= _INTERRUPTS_BEFORE_GIVING_UP:
+                    self._give_up()
             else:
                 codes = [TIME_LIMIT] if self._end is not None and time.time() >= self._end else []
             for code in codes:
@@ -133,6 +139,14 @@ class StopRequest:
             if codes and silent:
                 silent = False
                 self._heard(describe(self._code))
+
+    def _give_up(self) -> None:
+        """End at once where the main thread does not come to its own handler: it may sit in a collective."""
+        last = threading.Timer(_GIVING_UP_SECONDS, os._exit, [_INTERRUPTED])
+        last.daemon = True
+        last.start()
+        self._cleanup.callback(last.join)
+        self._cleanup.callback(last.cancel)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """What Python runs in the main thread: a request counts at once where nothing holds that thread up."""

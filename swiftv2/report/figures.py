@@ -29,7 +29,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             row = json.loads(line)
-            rows[row["step"]] = row
+            # An evaluation that was made up for stands in a line of its own.
+            rows[row["step"]] = rows.get(row["step"], {}) | row
     return [rows[step] for step in sorted(rows)]
 
 

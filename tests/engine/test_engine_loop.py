@@ -231,6 +231,7 @@ def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
     assert [e["removed"] for e in read_lines(tmp_path / "events.jsonl") if e["event"] == "saved"] == [
         [],
         [],
+        [0],
         [2],
         [3],
         [],
@@ -251,7 +252,7 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on(finished: Path, tmp_p
     result = _fit(tmp_path, 8, partial(Hooked, interrupt))
     assert (result.step, result.stopped_early, result.exit_status) == (3, True, 75)
     assert signal.getsignal(number) is former
-    assert [c.step for c in list_checkpoints(tmp_path)] == [3]
+    assert [c.step for c in list_checkpoints(tmp_path)] == [3, 0]
     assert _fit(tmp_path, 8).exit_status == 0
     losses = [[row["loss"] for row in read_metrics(path / "metrics.jsonl")] for path in (finished, tmp_path)]
     assert losses[0] == losses[1]
@@ -268,7 +269,7 @@ def test_a_signal_in_an_evaluation_breaks_it_off_and_it_is_made_up_for(tmp_path:
         return {"heldout/loss": float(step)}
 
     assert _fit(tmp_path, 4, evaluate=evaluate, best_metric="heldout/loss").exit_status == 75
-    assert [c.step for c in list_checkpoints(tmp_path)] == [2]
+    assert [c.step for c in list_checkpoints(tmp_path)] == [2, 0]
     assert _fit(tmp_path, 4, evaluate=evaluate, best_metric="heldout/loss").exit_status == 0
     assert seen == [2, 2, 4]
     values = {row["step"]: row.get("heldout/loss") for row in read_metrics(tmp_path / "metrics.jsonl")}
@@ -353,7 +354,7 @@ def test_refused_steps_in_a_row_take_the_run_back_without_their_samples(tmp_path
 def test_checkpoints_ahead_of_a_rewind_are_gone_before_it_goes_on(tmp_path: Path) -> None:
     _fit(tmp_path, 9, _poisoned([6, 7, 8]), train={"save_every": 1, "keep_last": 5})
     steps = [e["step"] for e in read_lines(tmp_path / "events.jsonl") if e["event"] == "saved"]
-    assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8, 9] or steps == [1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9]
+    assert steps == [0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9]
     assert all(c.trainer().rewinds == 1 for c in list_checkpoints(tmp_path) if c.step >= 5)
 
 
@@ -378,9 +379,49 @@ def test_refused_steps_at_the_very_end_are_made_up_for(tmp_path: Path) -> None:
     assert [row["skipped"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [False] * 8
 
 
-def test_without_a_checkpoint_before_them_refused_steps_end_the_run(tmp_path: Path) -> None:
-    with pytest.raises(SwiftError, match="no checkpoint from before them"):
-        _fit(tmp_path, 8, _poisoned([1, 2, 3]))
+def test_a_run_can_go_back_to_its_beginning(tmp_path: Path) -> None:
+    _fit(tmp_path, 8, _poisoned([1, 2, 3]))
+    (back,) = [e for e in read_lines(tmp_path / "events.jsonl") if e["event"] == "rewound"]
+    assert (back["step"], back["refused"]) == (0, [1, 3])
+
+
+def test_what_a_rewind_needs_is_kept_while_steps_are_refused(tmp_path: Path) -> None:
+    """Saves between refused steps push it out of the newest two, and of the last permanent ones."""
+    _fit(tmp_path, 12, _poisoned([6, 7, 8]), train={"save_every": 1, "keep_last": 1})
+    (back,) = [e for e in read_lines(tmp_path / "events.jsonl") if e["event"] == "rewound"]
+    assert back["step"] == 5
+
+
+def test_an_evaluation_that_was_made_up_for_leaves_the_steps_other_values(tmp_path: Path) -> None:
+    def stopping(step: int, tick: Callable[[], None]) -> dict[str, float]:
+        if not list_checkpoints(tmp_path)[0].step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        tick()
+        return {"heldout/loss": float(step)}
+
+    assert _fit(tmp_path, 2, evaluate=stopping).exit_status == 75
+    assert _fit(tmp_path, 2, evaluate=stopping).exit_status == 0
+    row = read_metrics(tmp_path / "metrics.jsonl")[1]
+    assert (row["step"], row["heldout/loss"]) == (2, 2.0)
+    assert row["loss"] > 0
+
+
+def test_fewer_steps_than_are_done_are_no_work(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    assert _fit(run, 6, train={"skip_steps": [3]}).exit_status == 0
+    said = capsys.readouterr().err
+    assert "max_steps=6 is less than the 8 steps that are done" in said
+    assert "skip_steps: [3] are done already" in said
+
+
+def test_a_replaced_checkpoint_is_brought_back_where_the_new_one_never_came(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "checkpoints" / "step_8").rename(run / "checkpoints" / ".step_8.replaced")
+    (run / "checkpoints" / ".step_8.2.1.partial").mkdir()
+    assert _fit(run, 9).step == 9
+    resumed = [e["step"] for e in read_lines(run / "events.jsonl") if e["event"] == "resumed"]
+    assert resumed == [8]
+    assert [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")] == []
 
 
 def test_batches_that_end_are_an_error_and_are_closed(tmp_path: Path) -> None:

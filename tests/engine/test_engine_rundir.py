@@ -158,6 +158,25 @@ def test_a_requeued_job_takes_over_from_its_former_self(tmp_path: Path, monkeypa
     Lease.acquire(tmp_path, 2).release()
 
 
+def test_a_lease_that_a_dead_node_has_torn_holds_nobody_up_for_long(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    path.write_text("")
+    with pytest.raises(SwiftError, match=r"lease\.json"):
+        Lease.acquire(tmp_path, 2)
+    old = time.time() - lease.STALE_SECONDS - 5
+    os.utime(path, (old, old))
+    Lease.acquire(tmp_path, 2).release()
+
+
+def test_a_taker_is_seen_at_once_by_who_asks(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    with Lease.acquire(tmp_path, 1, heartbeat_seconds=60.0) as held:
+        assert held.taker() is None
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"token": "other", "host": "thief"}))
+        assert held.lost is None, "the next beat is far away"
+        assert "on thief" in str(held.taker())
+
+
 def test_the_heartbeat_goes_on_and_a_lost_lease_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "lease.json"
     with Lease.acquire(tmp_path, 1, heartbeat_seconds=0.02) as held:

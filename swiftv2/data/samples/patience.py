@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 
-from swiftv2.errors import RankError
+from swiftv2.errors import InterruptedRunError
 
 FIRST_DELAY, LONGEST_DELAY = 1.0, 15.0
 """Seconds before reads that failed are tried again: doubled each time, up to the longest."""
@@ -74,7 +74,7 @@ class Patience:
         """Read, again and again while the source is away, which it says by an `OSError`.
 
         Raises:
-            RankError: it was away for too long; names what was read and how long was waited.
+            InterruptedRunError: it was away for too long; names what was read and how long was waited.
             ClosedError: the reader was closed meanwhile.
         """
         began: float | None = None
@@ -88,7 +88,7 @@ class Patience:
                 left = began + self._seconds - now
                 if left <= 0:
                     waited = f"waited {now - began:.0f} s (data.patience_seconds): " if self._seconds else ""
-                    raise RankError(f"{waited}{error}") from error
+                    raise InterruptedRunError(f"{waited}{error}") from error
                 self._absence.goes_on(error.strerror or str(error), self._seconds)
                 if self._closed.wait(min(delay, left)):
                     raise ClosedError from error

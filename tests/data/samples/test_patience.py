@@ -25,7 +25,7 @@ from swiftv2.data.samples.patience import Absence
 from swiftv2.data.samples.reading import Reading
 from swiftv2.data.store import absence, layout, shards
 from swiftv2.data.store.reader import Store
-from swiftv2.errors import RankError, SwiftError
+from swiftv2.errors import InterruptedRunError, SwiftError
 
 CLIP = ClipConfig(frames=4, stride_between=0.25)
 MASK = MaskConfig(ratio=0.5, patch_size=(2, 2, 2, 2))
@@ -171,7 +171,7 @@ def test_a_store_that_stays_away_ends_the_run_in_one_line(opened: Callable[..., 
         take(batches, 1)
         away(store)
         began = time.monotonic()
-        with pytest.raises(RankError) as told:
+        with pytest.raises(InterruptedRunError) as told:
             take(batches, BATCHES)
         assert 0.5 < time.monotonic() - began < 5
     assert f"waited 1 s (data.patience_seconds): store {store}: run " in str(told.value)
@@ -182,7 +182,7 @@ def test_a_store_that_stays_away_ends_the_run_in_one_line(opened: Callable[..., 
 def test_without_patience_nothing_waits(store: Path) -> None:
     with training(store, seconds=0.0) as batches:
         away(store)
-        with pytest.raises(RankError, match=rf"^store {store}: .* cannot be read now"):
+        with pytest.raises(InterruptedRunError, match=rf"^store {store}: .* cannot be read now"):
             take(batches, BATCHES)
 
 
@@ -249,7 +249,7 @@ def test_another_store_in_its_place_is_refused(store: Path, tmp_path: Path) -> N
             (tmp_path / "other").rename(store)
 
         timer = later(0.1, replaced)
-        with pytest.raises(RankError, match="another store is in its place now"):
+        with pytest.raises(InterruptedRunError, match="another store is in its place now"):
             take(batches, BATCHES)
         timer.join()
 
