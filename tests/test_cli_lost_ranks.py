@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
-from swiftv2.commands.pretrain import _lost_each_other
+from swiftv2.engine.loss import lost_each_other
 from swiftv2.errors import InterruptedRunError, SwiftError
 
 SOON = timedelta(seconds=0.5)
@@ -43,7 +43,7 @@ def test_only_lost_ranks_are_worth_another_try(name: str) -> None:
     fail, lost = FAILURES[name]
     with pytest.raises(RuntimeError) as caught:
         fail()
-    assert _lost_each_other(caught.value) == lost, caught.value
+    assert lost_each_other(caught.value) == lost, caught.value
 
 
 def test_the_status_says_run_me_again() -> None:

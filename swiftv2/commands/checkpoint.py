@@ -44,8 +44,8 @@ def add(verbs: Any) -> None:
 
 def _add_suggest(verbs: Any) -> None:
     text = (
-        "suggest train.save_minutes from what the run's saves have cost and from how often failures are expected; without "
-        "options as often as Llama 3 met them, by GPUs."
+        "suggest how often to save, from what the run's saves have cost and how often failures are expected; without options "
+        "as often as Llama 3 met them, by GPUs."
     )
     examples = (
         "swiftv2 checkpoint suggest runs/first",

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,6 @@ from swiftv2.config.load import dump, load
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.errors import InterruptedRunError
 from swiftv2.terminal import add_command, say
-
-CONNECTION = re.compile(r"connection|broken pipe|timed? ?out|read error|write error", re.IGNORECASE)
-"""What gloo says where another rank is gone or does not answer; it has no kinds of errors of its own."""
-MISTAKE = re.compile(r"invalid ?(usage|argument)|enforce fail", re.IGNORECASE)
-"""What gloo and NCCL say of calls that do not fit each other: going on from a checkpoint would not mend them."""
 
 OVERRIDES = "words that change single settings of the file, such as train.max_steps=1000; an unknown key is refused"
 
@@ -52,22 +46,11 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     try:
         result = pretrain(config)
     except RuntimeError as error:
-        if not _lost_each_other(error):
+        from swiftv2.engine.loss import after_loss, lost_each_other
+
+        if not lost_each_other(error):
             raise
-        # PyTorch puts a stack of its own below the first line.
-        reason = str(error).partition("\n")[0]
-        raise InterruptedRunError(
-            f"the ranks lost each other ({reason}); the same command goes on from the last checkpoint"
-        ) from error
+        raise after_loss(error) from error
     if own_rank() == 0 and not result.stopped_early:
         say(f"{config.run.dir}: {result.step} steps done; look at {config.run.dir / 'figures' / 'pretraining.png'}")
     return result.exit_status
-
-
-def _lost_each_other(error: RuntimeError) -> bool:
-    """Whether a collective failed because ranks do not reach each other any more."""
-    from torch.distributed import DistError
-
-    text = str(error)
-    between_ranks = isinstance(error, DistError) or ("gloo" in text and CONNECTION.search(text) is not None)
-    return between_ranks and MISTAKE.search(text) is None

@@ -15,6 +15,7 @@ from swiftv2.engine.checkpoint import TrainerState
 from swiftv2.engine.collective import Agreed, agree
 from swiftv2.engine.guard import SpikeGuard
 from swiftv2.engine.launch import World
+from swiftv2.engine.loss import after_loss, lost_each_other
 from swiftv2.engine.meter import Meter
 from swiftv2.engine.pace import Pace
 from swiftv2.engine.progress import ProgressLine
@@ -33,8 +34,6 @@ Evaluate = Callable[[int, Callable[[], None]], Mapping[str, float]]
 Batches = Callable[[int, list[Exclusion]], Stream]
 
 _PACE_STEPS = 50
-_TELLING_SECONDS = 5.0
-"""Seconds in which a rank that failed has told the others."""
 _PATIENCE = 2
 """Times `faults.hang_seconds` that a checkpoint may take beside training."""
 _PASSED_OVER = StepResult(math.nan, math.nan, "train.skip_steps names it")
@@ -110,19 +109,22 @@ def fit(
         saver = stack.enter_context(Saver(run, backend, world, train))
         late = "the file system has not taken a checkpoint for longer than any step may take"
         watch.mind(lambda: late if saver.overdue(_PATIENCE * faults.hang_seconds) else None)
-        state = resume(backend, world, run, train, schedule, seed)
+        state, problems = resume(backend, world, run, train, schedule, seed)
         progress = stack.enter_context(ProgressLine(world, state.step, train.max_steps))
+        for problem in problems:
+            progress.note(f"a damaged checkpoint is set aside: {problem}")
         parts = _Parts(backend, world, run, batches, train, faults, watch, request, saver, progress)
         training = _Training(parts, state, lambda step: learning_rate(step, schedule, peak_lr, train.max_steps))
         stack.callback(training.close)
         try:
             return training.run(evaluate, best_metric)
         except RuntimeError as error:
-            # A rank that fails leaves the others in a collective: they end as it does, and not as if a node had died.
-            culprit = watch.failed(_TELLING_SECONDS)
-            if culprit is None:
+            if not lost_each_other(error):
                 raise
-            raise SwiftError(f"rank {culprit} ended by an error of its own, and this one with it") from error
+            left = watch.who_left()
+            if left is not None and left.state != "failed":
+                run.alarm("lost", {"rank": left.rank, "host": left.host, "step": left.step, "phase": left.phase})
+            raise after_loss(error, left) from error
 
 
 class _Parts(NamedTuple):

@@ -118,8 +118,9 @@ class Refusals:
         self.run.document(DIAGNOSIS, _diagnosis(state))
         steps = f"{state.refused[0]['step']} to {state.step}"
         return SwiftError(
-            f"steps {steps} were refused ({state.refused[-1]['reason']}), {why}: see {path}; lower optimizer.lr, name the "
-            "samples by data.exclude, or widen faults.spike_sigma if the numbers are sound"
+            f"steps {steps} were refused ({state.refused[-1]['reason']}), {why}: see {path}; widen faults.spike_sigma if the "
+            "numbers are sound, else export the last checkpoint and begin a new run.dir from it (run.init_from) with a lower "
+            "optimizer.lr or without the samples (data.exclude)"
         )
 
 

@@ -16,8 +16,11 @@ from swiftv2.errors import SwiftError
 
 def resume(
     backend: Backend, world: World, run: RunDirectory, train: TrainConfig, schedule: ScheduleConfig, seed: int
-) -> TrainerState:
+) -> tuple[TrainerState, list[str]]:
     """Load the newest whole checkpoint, or begin at step 0 (collective).
+
+    Returns:
+        The state, and a line for each damaged checkpoint that was passed over.
 
     Raises:
         SwiftError: no checkpoint is whole, or the run was begun with another seed.
@@ -34,11 +37,11 @@ def resume(
         "schedule": {**schedule.model_dump(), "max_steps": train.max_steps},
     }
     if former is None:
-        return TrainerState(step=0, samples=0, seed=seed, **now)
+        return TrainerState(step=0, samples=0, seed=seed, **now), problems
     if former.seed != seed:
         raise SwiftError(f"{run.path} was begun with run.seed={former.seed}, not {seed}: give another run.dir")
     run.event("resumed", former.step, world_size=former.world_size, passed_over=len(problems))
-    return replace(former, **now)
+    return replace(former, **now), problems
 
 
 def without_effect(train: TrainConfig, state: TrainerState) -> Iterator[str]:

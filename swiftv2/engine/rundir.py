@@ -96,8 +96,11 @@ class RunDirectory:
             nonlocal lease
             if path.is_dir() and any(path.iterdir()) and not (path / "config.yaml").exists() and not only_ours(path):
                 raise SwiftError(f"{path} is not empty and no run directory: give another run.dir")
-            for name in FOLDERS:
-                (path / name).mkdir(parents=True, exist_ok=True)
+            try:
+                for name in FOLDERS:
+                    (path / name).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise SwiftError(f"run.dir={path} cannot be written ({error.strerror}): give another one") from error
             attempt = 1 + max(last_attempt(path), _last_written_attempt(path))
             lease = Lease.acquire(path, attempt)
             try:

@@ -107,15 +107,22 @@ class Sentinel:
         """Ask this now and then, from another thread: an answer is why the run cannot go on, as a hang is."""
         self._minded.append(why)
 
-    def failed(self, seconds: float) -> int | None:
-        """A rank that has ended by an error of its own, which is waited for so long; None where none has told so."""
-        until = time.monotonic() + seconds
-        while True:
-            found = [rank for rank, peer in self._beats.peers.items() if peer.beat and peer.beat.state == "failed"]
-            if found or time.monotonic() > until or not self._beats.peers:
-                return min(found, default=None)
+    def who_left(self) -> Beat | None:
+        """After a collective that failed: the rank that ended first, once it has told so or its heart is no longer heard.
+
+        Waits for that for one heartbeat and a half. `state` is "failed" where the rank ended by an error of its own, "runs"
+        where it was heard of no more; None where nothing can be told.
+        """
+        until = time.monotonic() + 1.5 * self._interval
+        while self._beats.peers:
+            beats = [peer.beat for peer in self._beats.peers.values() if peer.beat is not None]
+            failed = next((beat for beat in beats if beat.state == "failed"), None)
+            if failed is not None or time.monotonic() > until:
+                silent = [one["rank"] for one in self._silent(1.3 * self._interval)]
+                return failed or next((beat for beat in beats if beat.rank in silent and beat.state == "runs"), None)
             self._beats.now()
-            time.sleep(0.2)
+            time.sleep(min(0.2, self._interval / 4))
+        return None
 
     def stopping(self, reason: str) -> None:
         """A stop was asked, on whichever rank: all have the grace time from now on to leave the context (any thread)."""
@@ -124,6 +131,9 @@ class Sentinel:
 
     def __enter__(self) -> Self:
         self._files[0].parent.mkdir(parents=True, exist_ok=True)
+        for old in self._files[0].parent.glob(f"stacks-rank-{self._world.rank}-*.txt"):
+            if old.stat().st_size == 0:
+                old.unlink()  # of an attempt that was killed, and that had nothing to tell
         self._stacks = self._files[0].open("wb", buffering=0)
         self._arm()
         self._beats.start()

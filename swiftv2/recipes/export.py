@@ -76,7 +76,11 @@ def export_checkpoint(run_dir: Path, folder: Path, step: int | None = None) -> P
     if found is None:
         have = ", ".join(str(c.step) for c in list_checkpoints(run_dir)) or "none"
         raise SwiftError(f"{run_dir}: no whole checkpoint{'' if step is None else f' of step {step}'}; there are: {have}")
-    verify_checkpoint(found.path)
+    try:
+        verify_checkpoint(found.path)
+    except SwiftError as error:
+        older = [c.step for c in list_checkpoints(run_dir) if c.problem is None and c.step < found.step]
+        raise SwiftError(f"{error}{f'; say --step {older[0]} for the one before' if older else ''}") from error
     config = load(PretrainConfig, run_dir / "config.yaml")
     contract, environment = read_json(run_dir / CONTRACT), read_json(run_dir / "environment.json")
     state = {name.removeprefix(PREFIX): tensor for name, tensor in read_weights(found.path).items()}

@@ -393,9 +393,12 @@ def test_what_a_rewind_needs_is_kept_while_steps_are_refused(tmp_path: Path) -> 
 
 
 def test_an_evaluation_that_was_made_up_for_leaves_the_steps_other_values(tmp_path: Path) -> None:
+    asked: list[int] = []
+
     def stopping(step: int, tick: Callable[[], None]) -> dict[str, float]:
-        if not list_checkpoints(tmp_path)[0].step:
+        if not asked:
             os.kill(os.getpid(), signal.SIGTERM)
+        asked.append(step)
         tick()
         return {"heldout/loss": float(step)}
 

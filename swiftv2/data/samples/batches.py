@@ -20,7 +20,7 @@ from swiftv2.data.samples.order import Exclusion, SampleOrder, rank_positions
 from swiftv2.data.samples.patience import ClosedError, Patience
 from swiftv2.data.samples.reading import READING, BadClipError, ClipReader, MaskKey, Reading, Stretch
 from swiftv2.data.samples.sources import RunSource
-from swiftv2.errors import RankError, SwiftError
+from swiftv2.errors import InterruptedRunError, RankError, SwiftError
 
 Integers = NDArray[np.int64]
 
@@ -160,6 +160,8 @@ class Prefetcher:
         while True:
             try:
                 self._patience.read(lambda: self._reader.fill(batch, place))
+            except InterruptedRunError:
+                raise
             except SwiftError as error:
                 raise RankError(str(error)) from error
             except BadClipError as bad:

@@ -25,7 +25,7 @@ from swiftv2.data.samples.patience import Absence
 from swiftv2.data.samples.reading import Reading
 from swiftv2.data.store import absence, layout, shards
 from swiftv2.data.store.reader import Store
-from swiftv2.errors import InterruptedRunError, SwiftError
+from swiftv2.errors import InterruptedRunError, RankError, SwiftError
 
 CLIP = ClipConfig(frames=4, stride_between=0.25)
 MASK = MaskConfig(ratio=0.5, patch_size=(2, 2, 2, 2))
@@ -249,7 +249,7 @@ def test_another_store_in_its_place_is_refused(store: Path, tmp_path: Path) -> N
             (tmp_path / "other").rename(store)
 
         timer = later(0.1, replaced)
-        with pytest.raises(InterruptedRunError, match="another store is in its place now"):
+        with pytest.raises(RankError, match="another store is in its place now"):
             take(batches, BATCHES)
         timer.join()
 
