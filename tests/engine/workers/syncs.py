@@ -4,7 +4,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from deepspeed.runtime import bf16_optimizer
@@ -35,10 +35,6 @@ class Reads(TorchFunctionMode):
         if name in READS:
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
-
-    def __enter__(self) -> Self:
-        super().__enter__()
-        return self
 
 
 def counted(step: Callable[[], object]) -> int:
