@@ -37,18 +37,6 @@ def test_a_rank_that_is_left_alone_ends_by_itself(killed: int, tmp_path: Path) -
     assert statuses[killed] == -signal.SIGKILL
     assert statuses[1 - killed] == 75
     (line,) = one.lines(1 - killed)
-    assert "the ranks lost each other" in line
-
-
-@pytest.mark.parametrize("engine", [PLAIN, ZERO2], ids=["plain", "zero2"])
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_rank_that_dies_before_training_begins_is_not_waited_for(
-    killed: int, engine: dict[str, object], tmp_path: Path
-) -> None:
-    """Ranks build their backends together: under DeepSpeed they wait for one another in its new groups."""
-    run = tmp_path / "run"
-    with job(run, options(engine, 4, unborn=killed, faults={"hang_seconds": 6.0})) as one:
-        statuses = one.wait(45)
-    assert statuses[killed] == -signal.SIGKILL
-    assert statuses[1 - killed] == 75, one.said()[-3000:]
-    complete(run, options(engine, 4))
+    # Where rank 0 dies, so does the store by which ranks hear of one another.
+    assert "the ranks lost each other" in line or f"rank {killed} on " in line
+    assert "the same command goes on from the last checkpoint" in line

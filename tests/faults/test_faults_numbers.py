@@ -54,7 +54,7 @@ def test_refused_steps_are_as_if_they_had_been_passed_over(engine: dict[str, Any
     [
         (None, 0),
         ("before the rewind", 10),
-        ("former one removed", 7),
+        ("former one aside", 7),
         ("after the manifest", 7),
         ("after the rewind's save", 7),
     ],
@@ -71,7 +71,7 @@ def test_a_rewind_is_as_if_its_samples_had_been_left_out(
     asked = options(engine, steps, poison=dict.fromkeys(bad[::2], NAN), gradient=bad[1::2], train=train)
     if stage is not None:
         die = {"stage": stage, "rank": 0, "step": at}
-        if stage in ("former one removed", "after the manifest"):
+        if stage in ("former one aside", "after the manifest"):
             complete(run, asked | {"train": asked["train"] | {"max_steps": 9}})  # Of step 7 it is the second save that counts.
         with job(run, asked | {"die": die}) as one:
             assert one.wait() == [-signal.SIGKILL, 75], one.said()

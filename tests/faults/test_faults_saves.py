@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from chain import HANG_SECONDS
 from crew import PLAIN, ZERO2, complete, events, job, leftovers, options
 from outcome import assert_readable, assert_same_end
 
@@ -40,7 +41,7 @@ EVERY = 4
 def test_killed_at_each_stage_of_a_save(engine: dict[str, object], tmp_path: Path) -> None:
     """Chained in one run, which is killed in one save after the other."""
     run, steps = tmp_path / "run", EVERY * (len(STAGES) + 3)
-    asked = options(engine, steps, train={"save_every": EVERY})
+    asked = options(engine, steps, train={"save_every": EVERY}, faults={"hang_seconds": HANG_SECONDS})
     newest = 0
     for index, stage in enumerate(STAGES):
         at = EVERY * (index + 3)
@@ -71,7 +72,7 @@ def test_killed_between_a_former_checkpoint_of_the_step_and_its_successor(tmp_pa
         one.until_mark("evaluating-0")
         one.send(signal.SIGTERM, 1)
         assert one.wait() == [75, 75]
-    with job(run, asked | {"die": {"stage": "former one removed", "rank": 0, "step": 8}}) as one:
+    with job(run, asked | {"die": {"stage": "former one aside", "rank": 0, "step": 8}}) as one:
         assert one.wait() == [-signal.SIGKILL, 75], one.said()
     assert_readable(run)
     complete(run, asked)

@@ -94,15 +94,16 @@ def _after_rename(step: int) -> None:
     _replace(Path, "rename", call)
 
 
-def _former_removed(step: int) -> None:
-    remove = checkpoint.remove
+def _former_aside(step: int) -> None:
+    rename = Path.rename
 
-    def call(folder: Path) -> None:
-        remove(folder)
-        if folder.name == f"step_{step}":
+    def call(self: Path, target: Path) -> Path:
+        moved = rename(self, target)
+        if self.name == f"step_{step}":
             die()
+        return moved
 
-    _replace(checkpoint, "remove", call)
+    _replace(Path, "rename", call)
 
 
 def _in_a_removal(step: int) -> None:
@@ -136,7 +137,7 @@ STAGES: dict[str, Callable[[int], None]] = {
     "after the shards": lambda step: _before(saver, "commit", step),
     "before the manifest": lambda step: _before(checkpoint, "write_manifest", step),
     "after the manifest": _after_manifest,
-    "former one removed": _former_removed,
+    "former one aside": _former_aside,
     "after the rename": _after_rename,
     "in a removal": _in_a_removal,
     "before the rewind": lambda step: _in_a_rewind("rewind", step),

@@ -3,7 +3,7 @@
 Options, all but `engine` and `train` may be left out: `engine`, `train`, `faults`: settings; `seconds`: of every micro-batch;
 `evaluate`: {parts, seconds}; `poison`: {clip: factor on its targets}; `gradient`: clips whose gradient is infinite; `exclude`:
 [[clip, position]]; `slow`: {rank, step, seconds} of one wait for data; `ask`: a signal to itself before the first batch;
-`unborn`: a rank that dies before its backend is built; `die`: {stage, rank, step}, see `stages`.
+`die`: {stage, rank, step}, see `stages`.
 
 It touches files in `logs` that tell where it is.
 """
@@ -22,10 +22,9 @@ import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "engine" / "workers"))
-from stages import arm, die
+from stages import arm
 from toy import DECAY, GLOBAL_BATCH, Batches, Micro, Toy, sample
 
-from swiftv2.commands.pretrain import _lost_each_other
 from swiftv2.config.engine import EngineConfig, FaultsConfig, ScheduleConfig, TrainConfig, split_batch
 from swiftv2.config.model import OptimizerConfig
 from swiftv2.engine import launch
@@ -33,6 +32,7 @@ from swiftv2.engine.backend import Backend
 from swiftv2.engine.build import build_backend
 from swiftv2.engine.launch import World
 from swiftv2.engine.loop import FitResult, fit
+from swiftv2.engine.loss import after_loss, lost_each_other
 from swiftv2.engine.rundir import RunDirectory
 from swiftv2.engine.stream import Exclusion
 from swiftv2.errors import SwiftError
@@ -122,8 +122,6 @@ def train(path: Path, options: dict[str, Any]) -> FitResult:
 
     try:
         with RunDirectory.open(path, text, world) as run:
-            if world.rank == options.get("unborn"):
-                die()
             backend = build_backend(engine, optimizer, module, DECAY, world, micro, accumulation)
             asked = options.get("evaluate")
             result = fit(
@@ -157,10 +155,11 @@ def main(path: Path, options: dict[str, Any]) -> int:
         sys.stderr.write(f"swiftv2: {error.filename}: {error.strerror}\n")
         return 1
     except RuntimeError as error:
-        if not _lost_each_other(error):
+        if not lost_each_other(error):
             raise
-        sys.stderr.write(f"swiftv2: the ranks lost each other: {str(error).partition(chr(10))[0]}\n")
-        return 75
+        told = after_loss(error)
+        sys.stderr.write(f"swiftv2: {told}\n")
+        return told.exit_status
 
 
 def rank(path: Path, options: dict[str, Any], variables: dict[str, str], log: Path) -> None:
