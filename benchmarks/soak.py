@@ -22,7 +22,7 @@ from machine import ROOT, page, parser, prose, table, write_page
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT / "tests" / "faults"))
 from chain import STEPS_A_KILL, WHEN, WHO, Cost, Kill, Killed, cost, plan, run_chain, settings
-from crew import PLAIN, ZERO2, complete, events, job, options
+from crew import HANG_SECONDS, PLAIN, ZERO2, complete, events, job, options
 from outcome import assert_same_end
 
 PACKAGES = ("torch", "deepspeed", "safetensors")
@@ -91,7 +91,8 @@ def write(soaked: Sequence[Soaked], seed: int, fresh: float) -> list[str]:
     )
     lines += prose(
         "Saved every 25 steps, and in two attempts of three every 30 or 120 ms; evaluated every 10 steps; a step takes some "
-        "12 ms. Lost: from the kill until the run stood again at the last step that had been written down. It holds the start "
+        f"12 ms; faults.hang_seconds={HANG_SECONDS:g}, a quarter of which ranks that are left wait for word of the one that is "
+        "gone. Lost: from the kill until the run stood again at the last step that had been written down. It holds the start "
         f"of ranks that were forked with everything imported; two fresh ones under ZeRO-2 take {fresh:.1f} s to begin."
     )
     return lines + table(("killed", "in", "kills", "steps redone", "seconds lost", "others over after, s"), _rows(soaked))

@@ -19,8 +19,6 @@ WHO: tuple[Who, ...] = ("the last rank", "rank 0", "all ranks")
 WHEN: tuple[When, ...] = ("a step", "a save", "an evaluation", "the start")
 SAVE_MINUTES = (0.0, 0.0005, 0.002)
 """Between ephemeral checkpoints: none, or one every 30 or 120 ms, which is every few steps of a toy."""
-HANG_SECONDS = 9.0
-"""Short, since ranks that are left wait a quarter of it for word of those that are gone."""
 STEPS_A_KILL = 12
 """Steps of a run for each kill of it: more than come between two kills."""
 
@@ -58,7 +56,7 @@ def settings(engine: Mapping[str, Any], steps: int, save_minutes: float = 0.0) -
     """Options of a run whose steps take some milliseconds."""
     train = {"save_every": 25, "evaluate_every": 10, "keep_last": 2, "save_minutes": save_minutes}
     evaluate = {"parts": 3, "seconds": 0.02}
-    return options(engine, steps, train=train, seconds=0.01, evaluate=evaluate, faults={"hang_seconds": HANG_SECONDS})
+    return options(engine, steps, train=train, seconds=0.01, evaluate=evaluate)
 
 
 def run_chain(

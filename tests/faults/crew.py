@@ -26,6 +26,8 @@ ZERO2: dict[str, Any] = {"precision": "fp32"}
 PATIENCE = 60.0
 """Seconds within which whatever is waited for must come, on a busy machine too."""
 POLL = 0.005
+HANG_SECONDS = 9.0
+"""Short, since ranks that are left wait a quarter of it for word of those that are gone."""
 IMPORTED = ["victim", "swiftv2.engine.zero", "swiftv2.engine.plain", "torch._dynamo", "torch._inductor.compile_fx"]
 """By the process from which ranks are forked: what takes seconds, some of it only in the first step of an optimizer."""
 
@@ -182,9 +184,10 @@ def events(run: Path, *kinds: str) -> list[dict[str, Any]]:
 
 
 def options(engine: Mapping[str, Any] = PLAIN, steps: int = 60, **rest: Any) -> dict[str, Any]:
-    """Options of a victim with fitting settings of `train`, which `rest["train"]` changes."""
+    """Options of a victim with fitting settings of `train` and `faults`, which those in `rest` change."""
     settings = {"max_steps": steps, "save_every": 1000, "evaluate_every": 1000, "save_minutes": 0.0, "deepspeed_files": False}
-    return {"engine": dict(engine), **rest, "train": settings | rest.get("train", {})}
+    faults = {"hang_seconds": HANG_SECONDS} | rest.get("faults", {})
+    return {"engine": dict(engine), **rest, "train": settings | rest.get("train", {}), "faults": faults}
 
 
 def _start(program: Sequence[str], variables: Mapping[str, str], log: Path) -> Rank:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from chain import HANG_SECONDS
 from crew import PLAIN, ZERO2, complete, events, job, leftovers, options
 from outcome import assert_readable, assert_same_end
 
@@ -41,7 +40,7 @@ EVERY = 4
 def test_killed_at_each_stage_of_a_save(engine: dict[str, object], tmp_path: Path) -> None:
     """Chained in one run, which is killed in one save after the other."""
     run, steps = tmp_path / "run", EVERY * (len(STAGES) + 3)
-    asked = options(engine, steps, train={"save_every": EVERY}, faults={"hang_seconds": HANG_SECONDS})
+    asked = options(engine, steps, train={"save_every": EVERY})
     newest = 0
     for index, stage in enumerate(STAGES):
         at = EVERY * (index + 3)
