@@ -243,7 +243,7 @@ def _calm_logging() -> None:
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
     for handler in logger.handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if type(handler) is logging.StreamHandler:  # and not one that somebody derived to catch records
             handler.stream = sys.stderr  # setStream would flush the former one, which may be closed
 
 
