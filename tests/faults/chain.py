@@ -55,6 +55,7 @@ def plan(count: int, draw: random.Random) -> list[Kill]:
 def settings(engine: Mapping[str, Any], steps: int, save_minutes: float = 0.0) -> dict[str, Any]:
     """Options of a run whose steps take some milliseconds."""
     train = {"save_every": 25, "evaluate_every": 10, "keep_last": 2, "save_minutes": save_minutes}
+    train["deepspeed_files"] = engine.get("backend") != "plain"
     evaluate = {"parts": 3, "seconds": 0.02}
     return options(engine, steps, train=train, seconds=0.01, evaluate=evaluate)
 
