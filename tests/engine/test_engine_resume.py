@@ -121,7 +121,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path) -> Non
     assert "exitcode  : 75" in output
     (event,) = _events(stopped, "stopped")
     assert event["signal"] == "SIGTERM", "whichever rank got it"
-    assert [c.step for c in list_checkpoints(stopped)] == [event["step"]]
+    assert list_checkpoints(stopped)[0].step == event["step"]
     assert 4 <= event["step"] < 20
     said = _run(1, stopped, _options(PLAIN, **steps))
     assert f"resumed after step {event['step']}, attempt 2" in said
