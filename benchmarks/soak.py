@@ -82,8 +82,8 @@ def write(soaked: Sequence[Soaked], seed: int, fresh: float) -> list[str]:
     lines = prose(
         f"{count} kills, seed {seed}. Each of the {len(soaked)} runs ended with weights, optimizer state and every step's "
         "numbers equal, to the last bit, to those of a run that nothing disturbed. Ranks that were not killed always ended by "
-        "themselves, with status 75; no checkpoint was damaged, no file was left over, every line of metrics and events could "
-        "be read."
+        "themselves, with status 75; the checkpoints that were left matched their hashes, no other file was left over, every "
+        "line of metrics and events could be read."
     )
     lines += table(
         ("run", "kills", "attempts", "steps", "seconds with all kills"),

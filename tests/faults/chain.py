@@ -74,6 +74,7 @@ def run_chain(
             yield _strike(one, kill, ranks)
     complete(run, settings(engine, steps), ranks)
     assert leftovers(run) == []
+    assert events(run, "checkpoint_damaged") == []
 
 
 def _until(one: Job, when: When, steps: int, draw: random.Random) -> None:
