@@ -16,8 +16,8 @@ from swiftv2.errors import SwiftError
 
 STORE_PATIENCE = timedelta(seconds=10)
 """How long a call to the store between ranks may take: its server dies, or is stopped, with the rank that holds it."""
-COLLECTIVE_PATIENCE = timedelta(hours=6)
-"""How long a collective may take: hangs are found sooner, and named, by the sentinel."""
+COLLECTIVE_PATIENCE = timedelta(minutes=30)
+"""How long a collective, or the meeting of all ranks, may take: hangs in training are found sooner, and named."""
 RECORDED_COLLECTIVES = "2000"
 """Last collectives that NCCL's flight recorder keeps for a diagnosis."""
 

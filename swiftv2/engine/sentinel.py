@@ -82,7 +82,7 @@ class Sentinel:
             logs / f"stacks-rank-{world.rank}-attempt-{attempt}.txt",
             logs / f"collectives-rank-{world.rank}-attempt-{attempt}.json",
         )
-        self._interval = min(5.0, hang_seconds / 6, lost_seconds / 6)
+        self._interval = min(5.0, hang_seconds / 6, lost_seconds / 6, grace_seconds / 6)
         self._missed = _BEATS_MISSED * self._interval
         self._linger = max(2.0, self._missed)
         self._end_time = end

@@ -19,6 +19,7 @@ from swiftv2.engine.launch import World
 from swiftv2.engine.loop import FitResult, fit
 from swiftv2.engine.place import find_place
 from swiftv2.engine.rundir import RunDirectory
+from swiftv2.engine.sentinel import Sentinel
 from swiftv2.engine.stream import Exclusion
 from swiftv2.errors import SwiftError
 from swiftv2.models import decay_names
@@ -69,15 +70,13 @@ def pretrain(config: PretrainConfig) -> FitResult:
             on_first(lambda: write_contract(run.path, config, data), world)
             if config.engine.compile:
                 compile_blocks(objective, varying=config.model.packing == "subject" or config.objective == "visible_only")
-            backend = build_backend(
-                config.engine,
-                config.optimizer,
-                objective,
-                decay_names(objective),
-                world,
-                micro_batch,
-                accumulation,
-            )
+            # Ranks meet in it: one that dies meanwhile must not keep the others waiting.
+            with Sentinel(
+                world, run.path / "logs", run.attempt, config.faults.hang_seconds, config.faults.grace_seconds, run.alarm
+            ):
+                backend = build_backend(
+                    config.engine, config.optimizer, objective, decay_names(objective), world, micro_batch, accumulation
+                )
             heldout = HeldOut(config, data, objective, world, run.path)
             result = fit(
                 backend=backend,

@@ -158,14 +158,14 @@ def test_a_run_leaves_all_that_the_contract_names_and_exports_its_weights(
     assert first["loss"] < losses(run)[0] - 0.001, "it starts from what was learned, not from nothing"
     assert first["step"] == 1
 
-    damaged = checkpoint / "state" / "rank_0_of_2.safetensors"
+    damaged = checkpoint / "state" / "rank_0_of_1.safetensors"
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
     verified = swiftv2_run(["checkpoint", "verify", str(run), "--json"])
     assert verified.returncode == 1
     problems = {c["step"]: c["problem"] for c in json.loads(verified.stdout)["checkpoints"]}
-    assert "rank_0_of_2.safetensors" in problems[8]
+    assert "rank_0_of_1.safetensors" in problems[8]
     assert problems[6] is None
 
 
