@@ -3,7 +3,8 @@
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from statistics import fmean, pstdev
+
+import numpy as np
 
 from swiftv2.config.engine import FaultsConfig
 
@@ -47,8 +48,9 @@ class SpikeGuard:
 
     def limit(self, former: Sequence[float]) -> float:
         """Largest value that is accepted after these."""
-        mean = fmean(former)
-        return mean + max(self.sigma * pstdev(former, mean), _ROUNDING * abs(mean))
+        values = np.asarray(former)
+        mean = float(values.mean())
+        return mean + max(self.sigma * float(values.std()), _ROUNDING * abs(mean))
 
     def accept(self, loss: float, norm: float) -> None:
         """Count a step that was accepted."""
