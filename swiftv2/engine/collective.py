@@ -59,8 +59,8 @@ def on_first(action: Callable[[], T], world: World) -> T:
         SwiftError: on every rank, where the action failed on rank 0.
         Exception: on rank 0, where the action failed by a mistake in the program; the other ranks raise a SwiftError.
     """
-    value, error = _attempt(action) if world.rank == 0 else (None, None)
-    value, told = broadcast((value, _for_others(error, 0)), world)
+    value, error = attempt(action) if world.rank == 0 else (None, None)
+    value, told = broadcast((value, for_others(error, 0)), world)
     failure = error or told
     if failure is not None:
         raise failure
@@ -79,8 +79,8 @@ def on_each(action: Callable[[], T], world: World) -> T:
         SwiftError: on every rank, where the action failed on any; the lowest failing rank is named.
         Exception: on the rank itself, where the action failed by a mistake in the program.
     """
-    value, own = _attempt(action)
-    outcomes = gather(_for_others(own, world.rank), world)
+    value, own = attempt(action)
+    outcomes = gather(for_others(own, world.rank), world)
     if own is not None and not isinstance(own, SwiftError):
         raise own
     for rank, error in enumerate(outcomes):
@@ -89,7 +89,8 @@ def on_each(action: Callable[[], T], world: World) -> T:
     return value  # type: ignore[return-value]  # without an error there is a value
 
 
-def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+def attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What an action gives, or its error, those of the system as one line that names the file."""
     try:
         return action(), None
     except OSError as error:
@@ -99,7 +100,7 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def _for_others(error: Exception | None, rank: int) -> SwiftError | None:
+def for_others(error: Exception | None, rank: int) -> SwiftError | None:
     """What the other ranks are told of a failure; only our own errors are sure to survive the way there."""
     if error is None or isinstance(error, SwiftError):
         return error

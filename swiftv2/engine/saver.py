@@ -13,7 +13,7 @@ import torch
 from swiftv2.config.engine import TrainConfig
 from swiftv2.engine.backend import Backend
 from swiftv2.engine.checkpoint import TrainerState, clear, commit, outdated, remove
-from swiftv2.engine.collective import gather, on_first
+from swiftv2.engine.collective import attempt, for_others, gather, on_first
 from swiftv2.engine.launch import World
 from swiftv2.engine.manifest import hash_file
 from swiftv2.engine.rundir import RunDirectory, read_lines
@@ -133,7 +133,7 @@ class Saver:
         waited = time.monotonic()
         # Only rank 0 holds the lease: a run that was taken over saves nothing more.
         taker = self._run.lease.taker() if self._run.lease else None
-        parts, problems, takers = zip(*gather((*_outcome(save.written), taker), self._world), strict=True)
+        parts, problems, takers = zip(*gather((*self._outcome(save.written), taker), self._world), strict=True)
         if takers[0] is not None:
             raise SwiftError(f"{self._run.path} was taken over by {takers[0]}: this process ends without saving")
         problem = next((f"{one} (rank {rank})" for rank, one in enumerate(problems) if one is not None), None)
@@ -164,6 +164,12 @@ class Saver:
             removed=[int(path.name.partition("_")[2]) for path in removed],
         )
         return Saved(save.state, final, None)
+
+    def _outcome(self, written: "Future[dict[str, Written]]") -> tuple[dict[str, Written], str | None]:
+        """What this rank has written, or why not; any error is told, as the other ranks must not wait for this one."""
+        files, error = attempt(written.result)
+        told = for_others(error, self._world.rank)
+        return files or {}, None if told is None else str(told)
 
     def _commit(self, save: _Save, final: Path, files: dict[str, Written]) -> list[Path]:
         commit(save.partial, final, save.kind, save.state, files)
@@ -209,15 +215,3 @@ class Saver:
         """Seconds that saves of former attempts took at most: a time limit may come before the first of this one."""
         rows = read_lines(self._run.path / "events.jsonl")
         return max((float(row["seconds"]) for row in rows if row.get("event") == "saved"), default=0.0)
-
-
-def _outcome(written: "Future[dict[str, Written]]") -> tuple[dict[str, Written], str | None]:
-    try:
-        return written.result(), None
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return {}, f"{where}{error.strerror or error}"
-    except SwiftError as error:
-        return {}, str(error)
-    except Exception as error:  # noqa: BLE001 (told to all: the other ranks must not wait for this one)
-        return {}, f"{type(error).__name__}: {error}"
