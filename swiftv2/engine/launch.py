@@ -54,9 +54,7 @@ def start(config: EngineConfig) -> World:
     Raises:
         SwiftError: the launcher's environment is incomplete, or the device is not there.
     """
-    place = find_place(os.environ)
-    if place.launcher == "mpirun" and place.size > 1 and place.address is None:
-        place = agree_by_mpi(place)
+    place = own_place()
     device = choose_device(config.device, place)
     os.environ["LOCAL_RANK"] = str(place.local_rank)  # DeepSpeed asks for it
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -93,7 +91,17 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def agree_by_mpi(place: Place) -> Place:
+def own_place() -> Place:
+    """This process among the ranks, with a meeting point where there are several.
+
+    Raises:
+        SwiftError: the launcher's environment is incomplete.
+    """
+    place = find_place(os.environ)
+    return _agree_by_mpi(place) if place.launcher == "mpirun" and place.size > 1 and place.address is None else place
+
+
+def _agree_by_mpi(place: Place) -> Place:
     """Let rank 0 choose the meeting point and tell the others through MPI."""
     try:
         # Imported only here: some MPI builds abort the process when no MPI launcher is there.

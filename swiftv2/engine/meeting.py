@@ -8,22 +8,12 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
 from swiftv2.engine.checkup import MEET_SECONDS, own_host
-from swiftv2.engine.launch import World, agree_by_mpi, choose_device
-from swiftv2.engine.place import Place, find_place
+from swiftv2.engine.launch import World, choose_device
+from swiftv2.engine.place import Place
 from swiftv2.errors import RankError
 
 JOINT_SECONDS = 7200.0
 """Longer than any measurement: the checkup itself ends what hangs, before a library ends the process for that."""
-
-
-def own_place() -> Place:
-    """This process among the ranks, with a meeting point where there are several.
-
-    Raises:
-        SwiftError: the launcher's environment is incomplete.
-    """
-    place = find_place(os.environ)
-    return agree_by_mpi(place) if place.launcher == "mpirun" and place.size > 1 and place.address is None else place
 
 
 def own_device(wanted: str, place: Place) -> torch.device:

@@ -21,8 +21,8 @@ from swiftv2.engine import probes, verdicts
 from swiftv2.engine.build import build_backend
 from swiftv2.engine.checkup import Answer, Check, Examination, Figures, Opinion, Remark, compare, is_out_of_memory
 from swiftv2.engine.collective import gather
-from swiftv2.engine.launch import World, stop
-from swiftv2.engine.meeting import connect, join, own_device, own_place
+from swiftv2.engine.launch import World, own_place, stop
+from swiftv2.engine.meeting import connect, join, own_device
 from swiftv2.engine.place import Place
 from swiftv2.errors import SwiftError
 from swiftv2.models import decay_names
