@@ -23,10 +23,11 @@ from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.engine import launch
 from swiftv2.engine.build import build_backend
 from swiftv2.engine.checkpoint import TrainerState
-from swiftv2.engine.rundir import RunDirectory, read_lines
+from swiftv2.engine.rundir import RunDirectory
 from swiftv2.engine.saver import Saver
 from swiftv2.models import decay_names
 from swiftv2.recipes.planning import find_window, make_batch, make_objective
+from swiftv2.records import read_lines
 
 TARGET = 0.01
 RATE = 1e-6

@@ -22,8 +22,8 @@ from ranks import command, environment, started
 from swiftv2 import cli
 from swiftv2.commands.ranks import LAUNCHER_VARIABLES
 from swiftv2.engine.checkpoint import read_weights
-from swiftv2.engine.rundir import read_lines, read_metrics
 from swiftv2.engine.shards import shard_name
+from swiftv2.records import read_lines, read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -129,7 +129,7 @@ def _checkpoint_export(arguments: argparse.Namespace) -> int:
 
 def _checkpoint_suggest(arguments: argparse.Namespace) -> int:
     from swiftv2.engine.interval import suggest
-    from swiftv2.engine.rundir import read_lines
+    from swiftv2.records import read_lines
 
     failures = _failures(arguments)
     config = _run_config(arguments.run_dir)

@@ -6,40 +6,18 @@ import os
 import secrets
 import socket
 import threading
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from swiftv2.errors import SwiftError
-from swiftv2.files import read_json, write_file
+from swiftv2.files import write_file
+from swiftv2.records import Holder, read_holder
 
 HEARTBEAT_SECONDS = 15.0
 STALE_SECONDS = 120.0
-
-
-@dataclass(frozen=True)
-class Holder:
-    """Who holds a lease; `started` (boot id and start time in clock ticks) guards against a process id used again.
-
-    The heartbeat is the file's modification time, which a holder moves without writing: a late beat cannot overwrite a
-    successor's lease.
-    """
-
-    host: str
-    pid: int
-    started: str
-    job: str | None
-    restart: int
-    attempt: int
-    token: str
-    since: str
-    released: bool = False
-
-    def __str__(self) -> str:
-        job = f", Slurm job {self.job}" if self.job else ""
-        return f"process {self.pid} on {self.host}{job} (attempt {self.attempt}, since {self.since})"
 
 
 class Lease:
@@ -195,20 +173,6 @@ def _retire(path: Path, former: Holder) -> None:
         with contextlib.suppress(FileExistsError):
             os.link(taken, path)
     taken.unlink()
-
-
-def read_holder(path: Path) -> Holder | None:
-    """Who holds a lease; None where there is no such file.
-
-    Raises:
-        SwiftError: it is no lease.
-    """
-    if not path.exists():
-        return None
-    try:
-        return Holder(**read_json(path))
-    except TypeError as error:
-        raise SwiftError(f"{path}: not a lease: remove it if no process writes to this run") from error
 
 
 def _write(path: Path, holder: Holder) -> None:

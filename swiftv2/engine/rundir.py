@@ -23,6 +23,7 @@ from swiftv2.engine.launch import World
 from swiftv2.engine.lease import Lease, last_attempt
 from swiftv2.errors import SwiftError, UsageError
 from swiftv2.files import write_file
+from swiftv2.records import append_line, read_lines
 
 CHANGEABLE = (
     "run.dir",
@@ -160,59 +161,7 @@ class RunDirectory:
     def _append(self, name: str, line: Mapping[str, Any], *, anyway: bool = False) -> None:
         if not (self._writes or anyway):
             return
-        data = (json.dumps({key: _finite(value) for key, value in line.items()}, allow_nan=False) + "\n").encode()
-        try:
-            # One write to a descriptor in append mode: lines of a kill may be cut, but are never mixed.
-            descriptor = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                written = os.write(descriptor, data)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise SwiftError(f"{self.path / name}: cannot be written ({error.strerror})") from error
-        if written != len(data):
-            raise SwiftError(f"{self.path / name}: only part of a line could be written: is the disk full?")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file; a last line that a kill has torn is left out.
-
-    Raises:
-        SwiftError: another line is no JSON object; the message names it.
-    """
-    if not path.exists():
-        return []
-    rows = []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line) if line else None
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise SwiftError(f"{path}: line {number} is damaged") from error
-        if row is not None:
-            rows.append(row)
-    return rows
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Values of `metrics.jsonl` by step: where a step was done again, after a kill or a rewind, the last of each.
-
-    An evaluation that was made up for stands in a line of its own.
-    """
-    last: dict[int, dict[str, Any]] = {}
-    for row in read_lines(path):
-        former = last.get(row["step"], row)
-        if row["attempt"] >= former["attempt"]:
-            last[row["step"]] = former | row
-    return [last[step] for step in sorted(last)]
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: null stands for both."""
-    unknown = isinstance(value, float) and (value != value or value in (float("inf"), float("-inf")))
-    return None if unknown else value
+        append_line(self.path / name, line)
 
 
 def only_ours(path: Path) -> bool:

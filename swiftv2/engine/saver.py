@@ -16,9 +16,10 @@ from swiftv2.engine.checkpoint import TrainerState, clear, commit, outdated, rem
 from swiftv2.engine.collective import attempt, for_others, gather, on_first
 from swiftv2.engine.launch import World
 from swiftv2.engine.manifest import hash_file
-from swiftv2.engine.rundir import RunDirectory, read_lines
+from swiftv2.engine.rundir import RunDirectory
 from swiftv2.engine.shards import Snapshot, Stretch, Written, shard_name, write_shard
 from swiftv2.errors import SwiftError
+from swiftv2.records import read_lines
 
 
 class Saved(NamedTuple):

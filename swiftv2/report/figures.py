@@ -1,6 +1,5 @@
 """The picture at the end of a run: reconstructions in three planes, time courses, and the loss beside its baselines."""
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swiftv2.errors import SwiftError
+from swiftv2.records import read_metrics
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -21,17 +21,6 @@ PREDICTORS = {
     "visible_mean": ("mean of visible frames", "#8c8c8c"),
     "run_mean": ("mean of the whole run", "#55a868"),
 }
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of `metrics.jsonl` by step; a line torn by a kill is left out, of steps done again the last attempt counts."""
-    rows: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            # An evaluation that was made up for stands in a line of its own.
-            rows[row["step"]] = rows.get(row["step"], {}) | row
-    return [rows[step] for step in sorted(rows)]
 
 
 def draw_run(run_dir: Path) -> Path:

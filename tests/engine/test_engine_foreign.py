@@ -15,8 +15,8 @@ from ranks import environment, worker
 from swiftv2 import cli
 from swiftv2.engine.checkpoint import list_checkpoints
 from swiftv2.engine.foreign import MODEL_FILE
-from swiftv2.engine.rundir import read_lines, read_metrics
 from swiftv2.engine.shards import SavedState
+from swiftv2.records import read_lines, read_metrics
 
 DEMO = Path(__file__).parents[2] / "configs" / "pretrain" / "demo.yaml"
 COMMON = ["train.max_steps=8", "train.global_batch=8", "train.save_every=4", "optimizer.lr=1e-2", "schedule.warmup_steps=2"]

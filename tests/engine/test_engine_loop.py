@@ -22,10 +22,11 @@ from swiftv2.engine.build import build_backend
 from swiftv2.engine.checkpoint import latest, list_checkpoints, load_newest, read_weights, verify_checkpoint
 from swiftv2.engine.launch import World
 from swiftv2.engine.loop import FitResult, fit
-from swiftv2.engine.rundir import RunDirectory, read_lines, read_metrics
+from swiftv2.engine.rundir import RunDirectory
 from swiftv2.engine.shards import shard_name
 from swiftv2.engine.stream import Exclusion, Stream
 from swiftv2.errors import SwiftError
+from swiftv2.records import read_lines, read_metrics
 
 sys.path.insert(0, str(Path(__file__).parent / "workers"))
 from toy import DECAY, Batches, Micro, Toy

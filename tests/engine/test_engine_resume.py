@@ -14,8 +14,8 @@ import torch
 from ranks import environment, family, kill, started, worker
 
 from swiftv2.engine.checkpoint import latest, list_checkpoints
-from swiftv2.engine.rundir import read_lines, read_metrics
 from swiftv2.engine.shards import SavedState, shard_name
+from swiftv2.records import read_lines, read_metrics
 
 ZERO2 = {"precision": "fp32"}
 PLAIN = {"precision": "fp32", "backend": "plain"}

@@ -13,8 +13,9 @@ import torch
 from swiftv2.engine import lease
 from swiftv2.engine.launch import World
 from swiftv2.engine.lease import Lease
-from swiftv2.engine.rundir import RunDirectory, read_lines, read_metrics
+from swiftv2.engine.rundir import RunDirectory
 from swiftv2.errors import SwiftError, UsageError
+from swiftv2.records import read_lines, read_metrics
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 CONFIG = "train:\n  max_steps: 10\n  global_batch: 8\noptimizer:\n  lr: 0.1\n"

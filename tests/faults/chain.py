@@ -11,7 +11,7 @@ from typing import Any, Literal
 from crew import Job, complete, events, job, leftovers, options
 
 from swiftv2.engine.checkpoint import latest
-from swiftv2.engine.rundir import read_lines
+from swiftv2.records import read_lines
 
 Who = Literal["the last rank", "rank 0", "all ranks"]
 When = Literal["a step", "a save", "an evaluation", "the start"]

@@ -18,7 +18,7 @@ from unittest import mock
 
 from ranks import environment
 
-from swiftv2.engine.rundir import read_lines
+from swiftv2.records import read_lines
 
 WORKERS = Path(__file__).parent / "workers"
 PLAIN: dict[str, Any] = {"precision": "fp32", "backend": "plain"}

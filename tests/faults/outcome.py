@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from swiftv2.engine.checkpoint import list_checkpoints, verify_checkpoint
-from swiftv2.engine.rundir import read_lines, read_metrics
 from swiftv2.engine.shards import SavedState
+from swiftv2.records import read_lines, read_metrics
 
 NUMBERS = ("step", "loss", "gradient_norm", "learning_rate", "skipped", "heldout/loss")
 """Values of `metrics.jsonl` that do not depend on the clock."""

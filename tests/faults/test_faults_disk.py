@@ -10,7 +10,7 @@ from crew import Job, complete, events, job, leftovers, once, options
 from outcome import assert_readable, assert_same_end
 
 from swiftv2.engine.checkpoint import list_checkpoints, verify_checkpoint
-from swiftv2.engine.rundir import read_lines
+from swiftv2.records import read_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 

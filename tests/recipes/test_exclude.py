@@ -15,12 +15,12 @@ from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.config.synth import SynthConfig
 from swiftv2.data.changes.build import build
 from swiftv2.data.synth import generate
-from swiftv2.engine.rundir import read_metrics
 from swiftv2.engine.stream import Exclusion
 from swiftv2.errors import UsageError
 from swiftv2.recipes.data import Data, open_data
 from swiftv2.recipes.exclusions import read_exclusions, write_exclusions
 from swiftv2.recipes.pretrain import pretrain
+from swiftv2.records import read_metrics
 
 CONFIG = """
 run: {dir: unused}

@@ -16,8 +16,8 @@ from swiftv2.config.load import load
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.data.store import layout
 from swiftv2.data.store.reader import Run, Store
-from swiftv2.engine.rundir import read_lines, read_metrics
 from swiftv2.recipes.data import open_data
+from swiftv2.records import read_lines, read_metrics
 
 pytestmark = pytest.mark.slow
 

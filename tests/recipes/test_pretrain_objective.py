@@ -9,9 +9,9 @@ from ranks import swiftv2_run
 
 from swiftv2 import weights
 from swiftv2.cli import main
-from swiftv2.engine.rundir import read_metrics
 from swiftv2.errors import SwiftError
 from swiftv2.models import VisibleOnly
+from swiftv2.records import read_metrics
 
 CONFIG = """
 objective: visible_only

@@ -12,7 +12,7 @@ from test_pretrain import CONFIG, losses, pretrain
 from swiftv2.config.data import GridConfig
 from swiftv2.data.changes.build import build
 from swiftv2.engine.checkpoint import read_weights
-from swiftv2.engine.rundir import read_metrics
+from swiftv2.records import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,121 @@
+"""What a run directory tells, read without torch: events, metrics, checkpoints, who holds its lease."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swiftv2.errors import SwiftError
+from swiftv2.files import read_json
+
+EVENTS, METRICS, LEASE = "events.jsonl", "metrics.jsonl", "lease.json"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lease; `started` (boot id and start time in clock ticks) guards against a process id used again.
+
+    The heartbeat is the file's modification time, which a holder moves without writing: a late beat cannot overwrite a
+    successor's lease.
+    """
+
+    host: str
+    pid: int
+    started: str
+    job: str | None
+    restart: int
+    attempt: int
+    token: str
+    since: str
+    released: bool = False
+
+    def __str__(self) -> str:
+        job = f", Slurm job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job} (attempt {self.attempt}, since {self.since})"
+
+
+def read_holder(path: Path) -> Holder | None:
+    """Who holds a lease; None where there is no such file.
+
+    Raises:
+        SwiftError: it is no lease.
+    """
+    if not path.exists():
+        return None
+    try:
+        return Holder(**read_json(path))
+    except TypeError as error:
+        raise SwiftError(f"{path}: not a lease: remove it if no process writes to this run") from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file; a last line that a kill has torn is left out.
+
+    Raises:
+        SwiftError: another line is no JSON object; the message names it.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line) if line else None
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise SwiftError(f"{path}: line {number} is damaged") from error
+        if row is not None:
+            rows.append(row)
+    return rows
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Values of `metrics.jsonl` by step: where a step was done again, after a kill or a rewind, the last of each.
+
+    An evaluation that was made up for stands in a line of its own.
+    """
+    last: dict[int, dict[str, Any]] = {}
+    for row in read_lines(path):
+        former = last.get(row["step"], row)
+        if row["attempt"] >= former["attempt"]:
+            last[row["step"]] = former | row
+    return [last[step] for step in sorted(last)]
+
+
+def append_line(path: Path, values: Mapping[str, Any]) -> None:
+    """Append one JSON object as a line, in one write: lines of several processes, or of a kill, are never mixed.
+
+    Raises:
+        SwiftError: it cannot be written whole.
+    """
+    data = (json.dumps({key: _finite(value) for key, value in values.items()}, allow_nan=False) + "\n").encode()
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            written = os.write(descriptor, data)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise SwiftError(f"{path}: cannot be written ({error.strerror})") from error
+    if written != len(data):
+        raise SwiftError(f"{path}: only part of a line could be written: is the disk full?")
+
+
+def newest_step(run_dir: Path) -> int | None:
+    """Step of the newest checkpoint that was finished; None where there is none. Its files are not looked at."""
+    steps = [
+        int(path.parent.name.removeprefix("step_"))
+        for path in (run_dir / "checkpoints").glob("step_*/manifest.json")
+        if re.fullmatch(r"step_\d+", path.parent.name)
+    ]
+    return max(steps, default=None)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: null stands for both."""
+    unknown = isinstance(value, float) and (value != value or value in (float("inf"), float("-inf")))
+    return None if unknown else value
