@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from swiftv2 import __version__
-from swiftv2.commands import checkpoint, doctor, plan, pretrain, store_read, store_synth, store_write
+from swiftv2.commands import checkpoint, doctor, job, plan, pretrain, status, store_read, store_synth, store_write, sweep
 from swiftv2.commands.ranks import STOPPED, STOPPED_EARLY, Terminated, complain, own_rank
 from swiftv2.errors import InterruptedRunError, RankError, SwiftError
 from swiftv2.terminal import Parser
@@ -74,6 +74,9 @@ def _parser() -> Parser:
     checkpoint.add(_verbs(nouns, "checkpoint", "list, check, export or adopt checkpoints of a run, suggest their interval"))
     plan.add(nouns)
     doctor.add(nouns)
+    job.add(_verbs(nouns, "job", "what the Slurm launchers ask before and after the ranks"))
+    sweep.add(_verbs(nouns, "sweep", "queue runs that differ in a few settings as Slurm arrays, show how they stand"))
+    status.add(nouns)
     return parser
 
 

@@ -166,7 +166,7 @@ class RunDirectory:
 
 def only_ours(path: Path) -> bool:
     """Whether a folder without configuration holds only what an earlier start left before it wrote one."""
-    return {p.name for p in path.iterdir() if not p.name.startswith(".lease")} <= {*FOLDERS, "lease.json"}
+    return {p.name for p in path.iterdir() if not p.name.startswith(".lease")} <= {*FOLDERS, "lease.json", "events.jsonl"}
 
 
 def _last_written_attempt(path: Path) -> int:
