@@ -9,7 +9,7 @@ DEMO ?= demo
 # The keys of generated subjects are no secret; a fixed salt gives everyone the same split. Real data want a random one.
 SALT := 5d41402abc4b2a76b9719d911017c592
 
-.PHONY: pretrain test test-soak environment lint types tests clean
+.PHONY: pretrain test test-slurm test-soak environment lint types tests clean
 
 pretrain: environment
 	$(BIN)/swiftv2 store synth $(DEMO)/bids --config configs/synth/demo.yaml
@@ -37,6 +37,9 @@ types:
 
 tests:
 	$(BIN)/python -m pytest
+
+test-slurm: environment
+	$(BIN)/python -m pytest tests/slurm
 
 test-soak: environment
 	$(BIN)/python benchmarks/soak.py --folder $(DEMO)/soak --kills $(KILLS) --out benchmarks/results/$$(date -u +%F)-soak.md
