@@ -51,6 +51,17 @@ def read_holder(path: Path) -> Holder | None:
         raise SwiftError(f"{path}: not a lease: remove it if no process writes to this run") from error
 
 
+def process_start(pid: int) -> str | None:
+    """Boot id and start time of a living process of this host, as a lease notes them; None where there is none."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        # The name in brackets may hold blanks; the start time is the 22nd field, the 20th after it.
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else f"{boot}/{fields[19]}"
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file; a last line that a kill has torn is left out.
 
