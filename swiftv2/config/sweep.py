@@ -46,8 +46,9 @@ class SweepElement(Config):
     @field_validator("name")
     @classmethod
     def _safe(cls, value: str) -> str:
-        if not _NAME.fullmatch(value) or len(value) > _LONGEST_NAME:
-            raise ValueError(f"{value!r} cannot name a folder: take letters, digits and ._+-, at most {_LONGEST_NAME} of them")
+        # A sweep's own files lie beside its elements.
+        if not _NAME.fullmatch(value) or len(value) > _LONGEST_NAME or value.endswith((".json", ".yaml", ".out")):
+            raise ValueError(f"{value!r} cannot name a folder: take letters, digits and ._+-, at most {_LONGEST_NAME}")
         return value
 
     @field_validator("set")
