@@ -20,11 +20,10 @@ from swiftv2.files import read_json
 from swiftv2.records import EVENTS, LEASE, METRICS, Holder, process_start, read_holder
 
 HELDOUT = "heldout/loss"
-_TAILS = (1 << 16, 1 << 20, 1 << 23)
+_TAILS = (1 << 16, 1 << 20, 1 << 22)
 """Bytes of metrics that are read from the end: the last values stand in the first, an evaluation may lie further back."""
-_KIND = re.compile(rb'"event": ?"(\w+)"')
-_COMMON = {b"saved", b"epoch", b"figure", b"data", b"packing", b"config_changed"}
-"""Events that are many, or that tell nothing of how a run stands: their lines are not even taken apart."""
+_COMMON = tuple(f'"event": "{kind}"'.encode() for kind in ("saved", "epoch"))
+"""What stands in lines that are many and tell nothing of how a run stands: those are not even taken apart."""
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -191,8 +190,7 @@ def _read_events(path: Path, damaged: list[str]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
-        kind = _KIND.search(line)
-        if not line or (kind is not None and kind.group(1) in _COMMON):
+        if not line or _COMMON[0] in line or _COMMON[1] in line:
             continue
         row = _parse(line)
         if row is not None and {"event", "time", "attempt"} <= row.keys():

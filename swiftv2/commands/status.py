@@ -128,18 +128,32 @@ def _shown(part: "RenderableType") -> "RenderableType":
 
 def _parts(runs: Sequence[Standing]) -> list[Any]:
     """A block for one run, a table for several; then the alarms."""
-    shown: list[Any] = _block(runs[0]) if len(runs) == 1 else [table(_TITLES, [_cells(run) for run in runs], words=_WORDS)]
-    alarms = _alarm_lines(runs)
-    return [*shown, "", *alarms] if alarms else shown
+    folder, names = _names(runs)
+    if len(runs) == 1:
+        shown: list[Any] = _block(runs[0])
+    else:
+        shown = [table(_TITLES, [[name, *_cells(run)] for name, run in zip(names, runs, strict=True)], words=_WORDS)]
+    alarms = _alarm_lines(runs, names)
+    return [*([f"{folder}:"] if folder else []), *shown, *(["", *alarms] if alarms else [])]
 
 
-def _alarm_lines(runs: Sequence[Standing]) -> list[str]:
+def _names(runs: Sequence[Standing]) -> tuple[str, list[str]]:
+    """The folder that several runs share, and their names below it: whole paths would fill a table."""
+    names = [run.run for run in runs]
+    try:
+        folder = os.path.commonpath([os.path.dirname(name) for name in names]) if len(runs) > 1 else ""  # noqa: PTH120 (as given)
+    except ValueError:  # Some paths are absolute, others are not.
+        folder = ""
+    return folder, [os.path.relpath(name, folder) for name in names] if folder else names
+
+
+def _alarm_lines(runs: Sequence[Standing], names: Sequence[str]) -> list[str]:
     """The present first, then the newest; those of a kind in one attempt of a run together, and what is true of all once."""
     counts: Counter[tuple[str, str, int | None]] = Counter()
     first: dict[tuple[str, str, int | None], Alarm] = {}
-    for run in runs:
+    for run, name in zip(runs, names, strict=True):
         for one in run.alarms:
-            same = (run.run, one.kind if not one.present else one.text, one.attempt)
+            same = (name, one.kind if not one.present else one.text, one.attempt)
             counts[same] += 1
             first.setdefault(same, one)
     ranked = sorted(first.items(), key=lambda item: (not item[1].present, item[1].age_seconds or 0.0))
@@ -160,7 +174,6 @@ def _cells(run: Standing) -> list[str]:
     saved = _NONE if run.checkpoint is None else f"{run.checkpoint.step} ({_span(run.checkpoint.age_seconds)})"
     left = _span(run.seconds_left) if run.state not in {"finished", "failed"} else _NONE
     return [
-        run.run,
         run.state,
         _queue_cell(run),
         _steps(run),
