@@ -126,7 +126,7 @@ def read_traces(path: Path) -> Traces:
     holder, heartbeat = _read_lease(path / LEASE, damaged)
     checkpoints = list(_checkpoints(path))
     trainer = _read_trainer(path, checkpoints, damaged)
-    rows, _ = _tail(path / METRICS, _TAILS[0])
+    rows = _tail(path / METRICS)
     evaluations = _evaluations(path / METRICS, rows, wanted=not checkpoints or bool(trainer.get("evaluated")))
     return Traces(
         path=path,
@@ -287,15 +287,14 @@ def _read_trainer(path: Path, checkpoints: Sequence[Checkpoint], damaged: list[s
         return {}
 
 
-def _tail(path: Path, size: int) -> tuple[list[dict[str, Any]], bool]:
-    """Lines in the last bytes of a file of metrics, and whether that is all of it; torn and damaged lines are left out."""
-    data, whole = _last_bytes(path, size)
-    rows = [row for row in map(_parse, data.split(b"\n")) if row is not None and {"step", "attempt", "time"} <= row.keys()]
-    return rows, whole
+def _tail(path: Path) -> list[dict[str, Any]]:
+    """Lines at the end of a file of metrics; torn and damaged ones are left out."""
+    lines = _last_bytes(path, _TAILS[0])[0].split(b"\n")
+    return [row for row in map(_parse, lines) if row is not None and {"step", "attempt", "time"} <= row.keys()]
 
 
 def _last_bytes(path: Path, size: int) -> tuple[bytes, bool]:
-    """Whole lines at the end of a file, and whether there are no others."""
+    """The end of a file, whose first line is cut as a rule and so cannot be read; and whether that is all of it."""
     try:
         with path.open("rb") as file:
             end = file.seek(0, os.SEEK_END)
@@ -303,7 +302,7 @@ def _last_bytes(path: Path, size: int) -> tuple[bytes, bool]:
             data = file.read(size)
     except FileNotFoundError:
         return b"", True
-    return (data, True) if end <= size else (data.partition(b"\n")[2], False)
+    return data, end <= size
 
 
 def _evaluations(path: Path, rows: Sequence[dict[str, Any]], *, wanted: bool) -> list[dict[str, Any]]:
