@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import shutil
 import sys
 import time
 from collections import Counter
@@ -16,10 +17,11 @@ from swiftv2.cluster.alarms import Alarm
 from swiftv2.cluster.standing import Standing, stand
 from swiftv2.cluster.traces import Traces, find_runs, read_traces
 from swiftv2.errors import SwiftError, UsageError
-from swiftv2.terminal import add_command, add_json, answer, table
+from swiftv2.terminal import LOG_WIDTH, add_command, add_json, answer, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
 WATCH_SECONDS = 10.0
 _ALARMS = 10
@@ -28,6 +30,10 @@ _NONE = "-"
 _FOREIGN = "the run belongs to another user, and Slurm is asked for one's own jobs"
 _TITLES = ("run", "state", "queue", "step", "loss", "held-out", "clips/s", "MFU", "wait", "left", "saved", "starts", "alarms")
 _WORDS = 3
+_FIRST_TO_GO = ("wait", "starts", "MFU", "saved", "held-out", "clips/s", "left", "loss", "queue")
+"""Columns that are left out where a terminal is too narrow for all, in this order."""
+_BETWEEN = 3
+"""Blanks between columns."""
 
 
 def add(nouns: Any) -> None:
@@ -132,9 +138,22 @@ def _parts(runs: Sequence[Standing]) -> list[Any]:
     if len(runs) == 1:
         shown: list[Any] = _block(runs[0])
     else:
-        shown = [table(_TITLES, [[name, *_cells(run)] for name, run in zip(names, runs, strict=True)], words=_WORDS)]
+        shown = [_table([[name, *_cells(run)] for name, run in zip(names, runs, strict=True)])]
     alarms = _alarm_lines(runs, names)
     return [*([f"{folder}:"] if folder else []), *shown, *(["", *alarms] if alarms else [])]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> "Table":
+    """As many columns as a terminal has room for: half a number tells nothing."""
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else LOG_WIDTH
+    widths = {title: max(map(len, (title, *cells))) for title, *cells in zip(_TITLES, *rows, strict=True)}
+    gone: set[str] = set()
+    for title in _FIRST_TO_GO:
+        if sum(width + _BETWEEN for name, width in widths.items() if name not in gone) <= room:
+            break
+        gone.add(title)
+    kept = [[cell for title, cell in zip(_TITLES, row, strict=True) if title not in gone] for row in (_TITLES, *rows)]
+    return table(kept[0], kept[1:], words=_WORDS - ("queue" in gone))
 
 
 def _names(runs: Sequence[Standing]) -> tuple[str, list[str]]:

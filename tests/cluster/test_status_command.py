@@ -207,11 +207,11 @@ def test_ctrl_c_ends_a_watch(tmp_path: Path) -> None:
         assert process.stdout.read() == ""
 
 
-def on_a_terminal(words: list[str]) -> tuple[int, str]:
+def on_a_terminal(words: list[str], columns: int = 180) -> tuple[int, str]:
     """Exit status of a command, and what it has shown on a terminal of its own."""
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execvpe(words[0], words, environment() | {"TERM": "xterm", "COLUMNS": "180", "LINES": "50"})  # noqa: S606
+        os.execvpe(words[0], words, environment() | {"TERM": "xterm", "COLUMNS": str(columns), "LINES": "50"})  # noqa: S606
     shown = b""
     while True:
         try:
@@ -235,6 +235,16 @@ def test_a_watch_on_a_terminal_refreshes_in_place(tmp_path: Path) -> None:
     assert "\x1b[1A" in shown, "lines are written over"
     assert "running" in shown
     assert "80/80 (100%)" in shown.rpartition("finished")[2]
+
+
+def test_a_narrow_terminal_has_fewer_columns_but_whole_ones(runs: Path) -> None:
+    ended, shown = on_a_terminal(status(runs), columns=80)
+    assert ended == 0
+    assert "…" not in shown
+    titles, cells = (re.sub(r"\x1b\[\d*m", "", shown.splitlines()[line]).split() for line in (1, 3))
+    assert {"run", "state", "step", "alarms"} <= set(titles)
+    assert "wait" not in titles
+    assert cells[:2] == ["run_2", "finished"]
 
 
 def test_nothing_heavy_is_imported(runs: Path) -> None:
