@@ -58,6 +58,14 @@ if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
     esac
 fi
 
+# Where nodes have names that only Slurm knows, their ranks meet at the address that it has for the first of them.
+first=$(timeout 60 scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+if [ -z "${MASTER_ADDR:-}" ] && ! getent hosts "$first" >/dev/null; then
+    MASTER_ADDR=$(timeout 60 scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    [ -n "$MASTER_ADDR" ] || fail "the first node, $first, has no address that this one knows: export MASTER_ADDR"
+    export MASTER_ADDR
+fi
+
 verb=$1
 answer=$(swiftv2 job begin "$@") || exit $?
 mapfile -t lines <<<"$answer"

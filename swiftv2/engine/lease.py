@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Self
 
 from swiftv2.errors import SwiftError
 from swiftv2.files import write_file
-from swiftv2.records import Holder, read_holder
+from swiftv2.records import Holder, process_start, read_holder
 
 HEARTBEAT_SECONDS = 15.0
 STALE_SECONDS = 120.0
+FENCE_SECONDS = HEARTBEAT_SECONDS + 5.0
+"""How long a holder that lives on may take to find out that it has lost its lease, and to stop."""
 
 
 class Lease:
@@ -44,12 +47,14 @@ class Lease:
 
         It is free where nobody holds it, the holder released it, the holder's process is gone (same host), the holder is
         the same Slurm job before it was requeued, or its heartbeat is older than `stale_seconds` by the file system's clock.
+        Slurm requeues a job, too, when it has lost sight of a node whose processes live on: where the heart of the job's
+        former start beat a moment ago, that one is given the time to find out before anything is written.
 
         Raises:
             SwiftError: a living process holds it; the message names it.
         """
         path = run_dir / "lease.json"
-        mine = this_process(attempt)
+        mine, fenced = this_process(attempt), False
         temporary = path.with_name(f".lease.{mine.token}")
         _write(temporary, mine)
         try:
@@ -68,6 +73,7 @@ class Lease:
                         f"{run_dir} is being written by {former}, last heartbeat {max(age, 0):.0f} s ago: stop that one "
                         "first, or wait until it has ended"
                     )
+                fenced = may_live_on(former, mine, age, 2 * heartbeat_seconds)
                 _retire(path, former)
             # A hard link fails where another newcomer was faster; a rename would overwrite it.
             with contextlib.suppress(FileExistsError):
@@ -77,7 +83,10 @@ class Lease:
         winner = read_holder(path)
         if winner is None or winner.token != mine.token:
             raise SwiftError(f"{run_dir} has just been taken by {winner or 'another process'}: one run has one writer")
-        return cls(path, mine, heartbeat_seconds)
+        held = cls(path, mine, heartbeat_seconds)
+        if fenced:
+            time.sleep(FENCE_SECONDS / HEARTBEAT_SECONDS * heartbeat_seconds)
+        return held
 
     @property
     def lost(self) -> str | None:
@@ -133,32 +142,32 @@ def this_process(attempt: int) -> Holder:
     job = os.environ.get("SLURM_JOB_ID")
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     pid = os.getpid()
-    return Holder(socket.gethostname(), pid, _started(pid) or "", job, restart, attempt, secrets.token_hex(8), _now())
+    return Holder(socket.gethostname(), pid, process_start(pid) or "", job, restart, attempt, secrets.token_hex(8), _now())
 
 
 def is_alive(former: Holder, mine: Holder, age: float, stale_seconds: float) -> bool:
     """Whether a former holder still counts; `age` is that of its heartbeat in seconds, by the file system's clock."""
     if former.released:
         return False
-    if former.job is not None and former.job == mine.job and former.restart < mine.restart:
-        return False  # Slurm requeues a job only when its former run is dead
-    if former.host == mine.host:
-        started = _started(former.pid)
-        same_boot = former.started.partition("/")[0] == mine.started.partition("/")[0]
-        if former.started and same_boot and started != former.started:
-            return False
-    return age < stale_seconds
+    if _same_job_before(former, mine):
+        return False  # Dead, or on a node that Slurm has given up: its place is this one's.
+    return not _is_gone(former, mine) and age < stale_seconds
 
 
-def _started(pid: int) -> str | None:
-    """Boot id and start time of a living process of this host; None where there is none."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        # The name in brackets may hold blanks; the start time is the 22nd field, the 20th after it.
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else f"{boot}/{fields[19]}"
+def may_live_on(former: Holder, mine: Holder, age: float, silent_seconds: float) -> bool:
+    """Whether the former start of the same Slurm job, whose place this one takes, may still be writing."""
+    unseen = not former.released and not _is_gone(former, mine)
+    return unseen and _same_job_before(former, mine) and age < silent_seconds
+
+
+def _same_job_before(former: Holder, mine: Holder) -> bool:
+    return former.job is not None and former.job == mine.job and former.restart < mine.restart
+
+
+def _is_gone(former: Holder, mine: Holder) -> bool:
+    """Whether a holder's process ran on this host and is there no more."""
+    same_boot = former.started.partition("/")[0] == mine.started.partition("/")[0]
+    return former.host == mine.host and bool(former.started) and same_boot and process_start(former.pid) != former.started
 
 
 def _retire(path: Path, former: Holder) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from swiftv2.engine.rundir import RunDirectory
 from swiftv2.engine.saver import Saver
 from swiftv2.engine.schedule import learning_rate
 from swiftv2.engine.sentinel import Sentinel
-from swiftv2.engine.signals import STOPPED_EARLY, StopRequest, describe, end_time
+from swiftv2.engine.signals import STOPPED_EARLY, StopRequest, describe
 from swiftv2.engine.stream import Exclusion, Stream
 from swiftv2.errors import SwiftError
 
@@ -66,6 +65,7 @@ def fit(
     backend: Backend,
     world: World,
     run: RunDirectory,
+    watch: Sentinel,
     batches: Batches,
     train: TrainConfig,
     schedule: ScheduleConfig,
@@ -74,6 +74,7 @@ def fit(
     faults: FaultsConfig | None = None,
     evaluate: Evaluate | None = None,
     best_metric: str | None = None,
+    clips_at_peak: float | None = None,
 ) -> FitResult:
     """Train from where the run directory stands up to `train.max_steps` (collective).
 
@@ -81,14 +82,16 @@ def fit(
         backend: module, optimizer and how a step is computed.
         world: this process among the ranks.
         run: the opened run directory.
+        watch: the entered sentinel of the run, told where training is.
         batches: given the clips that the whole run has consumed and what is left out, this rank's micro-batches from there on.
         train: steps, batch, and what happens every how many steps.
         schedule: learning rate over steps.
         peak_lr: its peak.
         seed: seed of the run, noted in its checkpoints.
-        faults: when a step is refused, a run rewound, a rank taken for hung.
+        faults: when a step is refused and a run rewound.
         evaluate: called by all ranks every `evaluate_every` steps and after the last; its values are logged.
         best_metric: key of the evaluation whose lowest value marks the best checkpoint, which is saved at once and kept.
+        clips_at_peak: clips a second of all ranks together at their devices' peak, by which `mfu` is counted; None: it is not.
 
     Returns:
         Where it ended. After SIGTERM, SIGUSR1, SIGUSR2 or an interrupt on any rank, or where the time is over, all ranks end
@@ -99,13 +102,8 @@ def fit(
             another process took the run over.
     """
     faults = faults or FaultsConfig()
-    began = time.time()
     with contextlib.ExitStack() as stack:
-        end = end_time(train.time_limit_minutes, os.environ, began)
-        watch = stack.enter_context(
-            Sentinel(world, run.path / "logs", run.attempt, faults.hang_seconds, faults.grace_seconds, run.alarm, end=end)
-        )
-        request = stack.enter_context(StopRequest(end, heard=watch.stopping))
+        request = stack.enter_context(StopRequest(watch.end, heard=watch.stopping))
         saver = stack.enter_context(Saver(run, backend, world, train))
         late = "the file system has not taken a checkpoint for longer than any step may take"
         watch.mind(lambda: late if saver.overdue(_PATIENCE * faults.hang_seconds) else None)
@@ -114,7 +112,8 @@ def fit(
         for problem in problems:
             progress.note(f"a damaged checkpoint is set aside: {problem}")
         parts = _Parts(backend, world, run, batches, train, faults, watch, request, saver, progress)
-        training = _Training(parts, state, lambda step: learning_rate(step, schedule, peak_lr, train.max_steps))
+        meter = Meter(train.global_batch, train.max_steps, clips_at_peak)
+        training = _Training(parts, state, meter, lambda step: learning_rate(step, schedule, peak_lr, train.max_steps))
         stack.callback(training.close)
         try:
             return training.run(evaluate, best_metric)
@@ -145,14 +144,13 @@ class _Parts(NamedTuple):
 class _Training:
     """A run in progress: its state, and what is done to it between two boundaries."""
 
-    def __init__(self, parts: _Parts, state: TrainerState, rate: Callable[[int], float]) -> None:
-        self.parts, self.rate = parts, rate
+    def __init__(self, parts: _Parts, state: TrainerState, meter: Meter, rate: Callable[[int], float]) -> None:
+        self.parts, self.meter, self.rate = parts, meter, rate
         self.state = self.saved = state
         self.stream = parts.batches(state.samples, state.exclusions)
         self.state = replace(state, exclusions=self.stream.exclusions)
         self.guard = SpikeGuard(parts.faults, state.spike_window)
         self.refusals = Refusals(parts.run, parts.backend, parts.world, parts.faults)
-        self.meter = Meter(parts.train.global_batch, parts.train.max_steps)
         self.pace = Pace(parts.world)
         self.pace.watch(parts.backend.module)
         self.values: dict[str, float] = {}

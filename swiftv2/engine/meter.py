@@ -9,9 +9,18 @@ WINDOW = 50
 class Meter:
     """Wall-clock figures over the last steps; saves and evaluations count for the time left, not for the speed."""
 
-    def __init__(self, clips_per_step: int, max_steps: int) -> None:
+    def __init__(self, clips_per_step: int, max_steps: int, clips_at_peak: float | None = None) -> None:
+        """Nothing is measured yet.
+
+        Args:
+            clips_per_step: of all ranks.
+            max_steps: of the whole run.
+            clips_at_peak: clips a second of all ranks together if their devices did nothing but the model's products, at
+                their peak; None where that is not known.
+        """
         self.clips_per_step = clips_per_step
         self.max_steps = max_steps
+        self.clips_at_peak = clips_at_peak
         self._steps: deque[tuple[float, float]] = deque(maxlen=WINDOW)
         self._between: deque[float] = deque(maxlen=WINDOW)
         self._last_end: float | None = None
@@ -43,15 +52,19 @@ class Meter:
     def values(self, step: int) -> dict[str, float]:
         """Figures after a step.
 
-        `clips_per_second`, `data_wait` (share of the time), `data_wait_seconds` (of this step), `step_seconds`, `seconds_left`.
+        `clips_per_second`, `data_wait` (share of the time), `data_wait_seconds` (of this step), `step_seconds`, `seconds_left`,
+        and `mfu`, the share of the devices' peak that the model's own products make, where that is known.
         """
         total = sum(seconds for seconds, _ in self._steps)
         mean = total / len(self._steps)
         pace = sum(self._between) / len(self._between) if self._between else mean
+        rate = self.clips_per_step / mean
+        known = {} if self.clips_at_peak is None else {"mfu": rate / self.clips_at_peak}
         return {
-            "clips_per_second": self.clips_per_step / mean,
+            "clips_per_second": rate,
             "data_wait": sum(waited for _, waited in self._steps) / total,
             "data_wait_seconds": self._steps[-1][1],
             "step_seconds": mean,
             "seconds_left": pace * (self.max_steps - step),
+            **known,
         }

@@ -78,12 +78,13 @@ def _from_srun(env: Mapping[str, str]) -> Place:
     if size == 1:
         return place
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
-    if place.address is None and not nodes:
+    address = env.get("MASTER_ADDR") or (first_host(nodes) if nodes else None)
+    if address is None:
         raise SwiftError("started by srun, but neither SLURM_STEP_NODELIST nor MASTER_ADDR is set: set MASTER_ADDR")
     job, step = _number(env, "SLURM_JOB_ID", "srun"), int(env["SLURM_STEP_ID"])
     # The same for all ranks without a message, below the ephemeral ports, and another one for the job's next step.
     port = place.port or 20_000 + (job + 97 * step) % 12_000
-    return Place("srun", rank, size, local, place.local_size, place.address or first_host(nodes or ""), port)
+    return Place("srun", rank, size, local, place.local_size, address, port)
 
 
 def _in_slurm_step(env: Mapping[str, str]) -> bool:

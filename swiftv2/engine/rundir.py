@@ -35,6 +35,7 @@ CHANGEABLE = (
     "train.keep_last",
     "train.keep_every",
     "train.save_minutes",
+    "train.save_in_background",
     "train.deepspeed_files",
     "train.time_limit_minutes",
     "train.skip_steps",
@@ -123,6 +124,12 @@ class RunDirectory:
         attempt = on_first(prepare, world)
         return cls(path, attempt, world, lease)
 
+    @property
+    def taken(self) -> str | None:
+        """Why this process must stop writing, where another one has taken the run over: found out within a heartbeat."""
+        taker = self.lease.lost if self.lease else None
+        return None if taker is None else f"{self.path} was taken over by {taker}"
+
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl`: step, attempt, time, then the values."""
         self._append("metrics.jsonl", {"step": step, "attempt": self.attempt, "time": time.time(), **values})
@@ -153,7 +160,7 @@ class RunDirectory:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # A full disk may be what went wrong: then nothing can be written of it; nor into a run that another has taken over.
-        if error is not None and not (self.lease and self.lease.lost):
+        if error is not None and self.taken is None:
             with contextlib.suppress(SwiftError):
                 self.event("failed", error=type(error).__name__, problem=str(error).partition("\n")[0])
         self.close()
@@ -161,6 +168,8 @@ class RunDirectory:
     def _append(self, name: str, line: Mapping[str, Any], *, anyway: bool = False) -> None:
         if not (self._writes or anyway):
             return
+        if self.taken is not None:
+            raise SwiftError(f"{self.taken}: this process ends without writing")
         append_line(self.path / name, line)
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,9 @@ class Saver:
         self._count += 1
         final = self._final(state)
         partial = final.with_name(f".{final.name}.{state.attempt}.{self._count}.partial")
-        stretches = self._snapshot.take(self._backend.stretches(), self._synchronise)
+        beside = self._train.save_in_background
+        held = self._backend.stretches()
+        stretches = self._snapshot.take(held, self._synchronise) if beside else list(held)
         shapes, adam_steps = self._backend.shapes(), self._backend.adam_steps
         wanted = native and permanent and self._train.deepspeed_files
         files, problem = self._save_native(partial, state) if wanted else ([], None)
@@ -119,6 +122,8 @@ class Saver:
             return self._write(partial, stretches, shapes, adam_steps, files)
 
         written = self._thread.submit(write)
+        if not beside:
+            futures.wait([written])
         kind = "permanent" if permanent else "ephemeral"
         self._current = _Save(state, kind, partial, began, time.monotonic() - began, written)
 

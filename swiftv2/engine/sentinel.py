@@ -16,17 +16,19 @@ from typing import Any, Literal, Self
 
 from torch._C import _distributed_c10d as distributed
 
+from swiftv2.config.engine import FaultsConfig, TrainConfig
 from swiftv2.engine.beats import LEFT, Beat, Beats
 from swiftv2.engine.diagnosis import describe_fault, find_suspects
 from swiftv2.engine.launch import World
-from swiftv2.engine.signals import STOPPED_EARLY
+from swiftv2.engine.rundir import RunDirectory
+from swiftv2.engine.signals import STOPPED_EARLY, end_time
 from swiftv2.errors import InterruptedRunError
 
 Kind = Literal["hang", "lost", "grace"]
 Verdict = dict[str, Any]
 
 LOST_SECONDS = 120.0
-_LONG_PHASES = ("start", "warm-up", "evaluate", "save")
+_LONG_PHASES = ("start", "warm-up", "evaluate", "save", "finish")
 """Phases in which all ranks are together, and that may take long: loading, the first step, writing."""
 _PATIENCE = 5
 """How many times longer they may take."""
@@ -48,6 +50,9 @@ class Sentinel:
     One thread decides and another talks to the store, which may keep it waiting; both go on while the main thread waits in a
     collective. Where a library holds Python's lock so that neither can run, a thread of faulthandler still writes the stacks,
     and the other ranks take this one for silent. Time in which this process itself was stopped does not count.
+
+    Attributes:
+        end: unix time at which the run must be over; None where nothing limits it.
     """
 
     def __init__(
@@ -85,7 +90,7 @@ class Sentinel:
         self._interval = min(5.0, hang_seconds / 6, lost_seconds / 6, grace_seconds / 6)
         self._missed = _BEATS_MISSED * self._interval
         self._linger = max(2.0, self._missed)
-        self._end_time = end
+        self.end = end
         self._minded: list[Callable[[], str | None]] = []
         self._host = socket.gethostname()
         self._beats = Beats(world, f"sentinel/{attempt}/{next(_ENTERED)}", self._interval, self._beat)
@@ -98,6 +103,21 @@ class Sentinel:
         self._lock = threading.Lock()
         self._left = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="sentinel", daemon=True)
+
+    @classmethod
+    def over(cls, run: RunDirectory, world: World, train: TrainConfig, faults: FaultsConfig) -> Self:
+        """A sentinel for a run from now on; it ends the process, too, where another one has taken the run over.
+
+        Args:
+            run: the opened run directory.
+            world: this process among the ranks.
+            train: its time limit.
+            faults: what counts as a hang.
+        """
+        end = end_time(train.time_limit_minutes, os.environ, time.time())
+        watch = cls(world, run.path / "logs", run.attempt, faults.hang_seconds, faults.grace_seconds, run.alarm, end=end)
+        watch.mind(lambda: run.taken)
+        return watch
 
     def at(self, step: int, phase: str) -> None:
         """The loop has come this far: "start", "data", "compute", "evaluate", "save", ... of a step."""
@@ -223,7 +243,7 @@ class Sentinel:
             names = [f"rank {one['rank']} on {one['host']} is silent for {one['seconds']:.0f} s" for one in lost]
             store = ["the store between ranks, which rank 0 or its launcher keeps, does not answer"] if unanswered else []
             return self._verdict_of("lost", "; ".join(names + store))
-        if self._end_time is not None and time.time() > self._end_time + _OVERTIME:
+        if self.end is not None and time.time() > self.end + _OVERTIME:
             return self._verdict_of("grace", "the time is over, and a step or a save did not end in time")
         for why in self._minded:
             cause = why()

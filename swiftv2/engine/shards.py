@@ -61,7 +61,7 @@ def write_shard(path: Path, stretches: list[Stretch], shapes: Mapping[str, tuple
 
     Args:
         path: the file; its folder is made.
-        stretches: contiguous tensors on the CPU.
+        stretches: contiguous tensors, brought to the host one at a time.
         shapes: of the whole tensors, by key.
         adam_steps: updates of the optimizer so far.
 
@@ -201,4 +201,4 @@ class Snapshot:
 
 
 def _bytes(values: Tensor) -> memoryview:
-    return memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return memoryview(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

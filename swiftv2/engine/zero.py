@@ -57,7 +57,12 @@ def deepspeed_config(config: EngineConfig, micro_batch: int, accumulation: int) 
             "contiguous_gradients": config.contiguous_gradients,
             "round_robin_gradients": False,
         },
-        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
+        "bf16": {
+            "enabled": config.precision == "bf16",
+            "check_grad_overflow": True,
+            "bf16_master_weights_and_grads": config.optimizer_dtype == "bf16",
+            "bf16_optimizer_states": config.optimizer_dtype == "bf16",
+        },
         "data_types": {"grad_accum_dtype": config.gradient_accumulation_dtype},
         "communication_data_type": config.communication_dtype,
         "zero_allow_untested_optimizer": True,

@@ -87,6 +87,7 @@ class Account(ABC):
         self.element = BYTES[engine.precision]
         self.summed = BYTES[engine.gradient_accumulation_dtype]
         self.sent = BYTES[engine.communication_dtype]
+        self.master = BYTES[engine.optimizer_dtype]
 
     @abstractmethod
     def begin(self) -> None:
@@ -105,9 +106,9 @@ class Account(ABC):
         """The optimizer's step; afterwards no gradient is left."""
 
     def adam(self, elements: int) -> None:
-        """What AdamW holds beside its state while it moves a tensor: two fp32 copies on a CPU, nothing in a fused kernel."""
+        """What AdamW holds beside its state while it moves a tensor: two copies on a CPU, nothing in a fused kernel."""
         if not self.cuda:
-            self.ledger.pass_by("other", 2 * 4 * elements)
+            self.ledger.pass_by("other", 2 * self.master * elements)
 
     def reduce_whole(self, tensors: Sequence[int], element: int) -> None:
         """DeepSpeed's reduction of unpartitioned gradients: tensors are joined, and cast where they travel otherwise."""
@@ -252,7 +253,7 @@ class Partitioned(Account):
     """ZeRO 1 and 2: gradients go through a bucket; this rank keeps those of its own part of each flat group."""
 
     def begin(self) -> None:
-        """Flat weights, and this rank's fp32 masters and moments."""
+        """Flat weights, and this rank's masters and moments."""
         groups = self.layout.groups
         self.flat = [padded(sum(self.sizes[i] for i in group), self.world) for group in groups]
         self.parts = [flat // self.world for flat in self.flat]
@@ -260,7 +261,7 @@ class Partitioned(Account):
         self.rank = self._fullest_rank()
         self.compact = self.element != self.summed
         self.ledger.add("weights", self.element * sum(self.flat))
-        self.ledger.add("optimizer", (4 + MOMENTS) * sum(self.parts))
+        self.ledger.add("optimizer", 3 * self.master * sum(self.parts))
         self._bucket = _Bucket()
         self._waiting: set[int] = set()  # stage 1: whole gradients that wait for the last pass
         self._own = 0  # bytes of this pass's own gradients
@@ -310,19 +311,19 @@ class Partitioned(Account):
         self._own = 0
 
     def update(self) -> None:
-        """Norm in float64, then group by group a flat fp32 gradient and AdamW."""
+        """Norm in float64, then group by group a flat gradient in the masters' format and AdamW."""
         ledger = self.ledger
         ledger.pass_by("other", NORM_BYTES * max(min(self.sizes[i], self.parts[self.spans[i][0]]) for i in self.mine))
         for group, part in enumerate(self.parts):
             if not self.compact:
                 ledger.add("gradients", self.summed * part)
-                if self.summed != 4:
-                    ledger.add("gradients", 4 * part)
+                if self.summed != self.master:
+                    ledger.add("gradients", self.master * part)
                     ledger.add("gradients", -self.summed * part)
                 if group == len(self.parts) - 1:
                     ledger.add("gradients", -self._sums)
             self.adam(part)
-            ledger.add("gradients", -4 * part)
+            ledger.add("gradients", -self.master * part)
         self._sums = 0
 
     def _open(self) -> None:

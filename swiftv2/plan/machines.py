@@ -1,5 +1,6 @@
 """GPUs and machines by name, with the source of every figure: read from `machines.yaml` beside this file."""
 
+import re
 from functools import cache
 from importlib import resources
 from typing import Any, Self
@@ -74,6 +75,12 @@ def gpu(name: str) -> Gpu:
         UsageError: there is none; the message names those that are.
     """
     return Gpu.model_validate({"name": name, **_entry("gpus", name)})
+
+
+def find_gpu(driver_name: str) -> Gpu | None:
+    """The GPU that a driver calls so, such as "NVIDIA A100-SXM4-80GB"; None for one that is not in the list."""
+    kinds = {"A100.*80": "a100-80", "A100": "a100-40", "H200": "h200", "MI250X": "mi250x-gcd"}
+    return next((gpu(name) for pattern, name in kinds.items() if re.search(pattern, driver_name)), None)
 
 
 @cache

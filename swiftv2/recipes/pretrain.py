@@ -25,6 +25,8 @@ from swiftv2.errors import SwiftError
 from swiftv2.models import decay_names
 from swiftv2.models.blocks import compile_blocks
 from swiftv2.models.geometry import patches_with_brain
+from swiftv2.plan.machines import find_gpu
+from swiftv2.plan.model import plan_model
 from swiftv2.recipes.data import Data, open_data
 from swiftv2.recipes.evaluate import HeldOut
 from swiftv2.recipes.exclusions import EXCLUSIONS, read_exclusions, write_exclusions
@@ -59,7 +61,10 @@ def pretrain(config: PretrainConfig) -> FitResult:
     world = launch.start(config.engine)
     try:
         _check_agreement(data, asked, world)
-        with RunDirectory.open(config.run.dir, dump(config), world) as run:
+        with (
+            RunDirectory.open(config.run.dir, dump(config), world) as run,
+            Sentinel.over(run, world, config.train, config.faults) as watch,
+        ):
             objective = Objective(config, torch.as_tensor(data.store.voxels).long(), data.store.grid.shape)
             if start_from is not None and not list_checkpoints(run.path):
                 objective.simmim.load_state_dict(start_from)
@@ -70,18 +75,14 @@ def pretrain(config: PretrainConfig) -> FitResult:
             on_first(lambda: write_contract(run.path, config, data), world)
             if config.engine.compile:
                 compile_blocks(objective, varying=config.model.packing == "subject" or config.objective == "visible_only")
-            # Ranks meet in it: one that dies meanwhile must not keep the others waiting.
-            with Sentinel(
-                world, run.path / "logs", run.attempt, config.faults.hang_seconds, config.faults.grace_seconds, run.alarm
-            ):
-                backend = build_backend(
-                    config.engine, config.optimizer, objective, decay_names(objective), world, micro_batch, accumulation
-                )
+            names = decay_names(objective)
+            backend = build_backend(config.engine, config.optimizer, objective, names, world, micro_batch, accumulation)
             heldout = HeldOut(config, data, objective, world, run.path)
             result = fit(
                 backend=backend,
                 world=world,
                 run=run,
+                watch=watch,
                 batches=lambda samples, exclusions: _stream(
                     config,
                     data,
@@ -98,8 +99,10 @@ def pretrain(config: PretrainConfig) -> FitResult:
                 faults=config.faults,
                 evaluate=heldout,
                 best_metric=BEST_METRIC,
+                clips_at_peak=_clips_at_peak(config, world),
             )
             if not result.stopped_early:
+                watch.at(result.step, "finish")
                 on_first(lambda: _finish(config, data, objective, world, run), world)
             backend.close()
             return result
@@ -206,6 +209,21 @@ def _check_template(template: Tensor, config: PretrainConfig, data: Data, source
             f"run.init_from={source}: its template mask keeps {int(template.sum())} places, that of the store "
             f"{int(mine.sum())}: weights and store are of different grids"
         )
+
+
+def _clips_at_peak(config: PretrainConfig, world: World) -> float | None:
+    """Clips a second if all GPUs did the model's own products at their peak; None where the GPU is not known.
+
+    A clip costs three forward passes, the backward one counting twice; what is computed twice to save memory counts once. Where
+    tokens are left out, the products that remain are not counted in advance, so there is no such figure.
+    """
+    if world.device.type != "cuda" or config.model.packing != "none" or config.objective != "simmim":
+        return None
+    device = find_gpu(torch.cuda.get_device_name(world.device))
+    if device is None:
+        return None
+    peak = device.peak_bf16_flops if config.engine.precision == "bf16" else device.peak_fp32_flops
+    return world.size * peak / (3 * plan_model(config.model).forward_flops_per_clip["total"])
 
 
 def _finish(config: PretrainConfig, data: Data, objective: Objective, world: World, run: RunDirectory) -> None:

@@ -23,6 +23,7 @@ from swiftv2.engine.checkpoint import latest, list_checkpoints, load_newest, rea
 from swiftv2.engine.launch import World
 from swiftv2.engine.loop import FitResult, fit
 from swiftv2.engine.rundir import RunDirectory
+from swiftv2.engine.sentinel import Sentinel
 from swiftv2.engine.shards import shard_name
 from swiftv2.engine.stream import Exclusion, Stream
 from swiftv2.errors import SwiftError
@@ -61,13 +62,18 @@ class Hooked(Batches):
 
 def _fit(path: Path, max_steps: int, stream: Callable[[int, list[Exclusion]], Stream] = _stream, **options: Any) -> FitResult:
     steps = {"save_every": 4, "evaluate_every": 2} | options.pop("train", {})
-    with RunDirectory.open(path, f"train: {{max_steps: {max_steps}}}\n", ALONE) as run:
+    train = TrainConfig(max_steps=max_steps, global_batch=8, **steps)
+    with (
+        RunDirectory.open(path, f"train: {{max_steps: {max_steps}}}\n", ALONE) as run,
+        Sentinel.over(run, ALONE, train, options.get("faults") or FaultsConfig()) as watch,
+    ):
         return fit(
             backend=_backend(),
             world=ALONE,
             run=run,
+            watch=watch,
             batches=stream,
-            train=TrainConfig(max_steps=max_steps, global_batch=8, **steps),
+            train=train,
             schedule=ScheduleConfig(warmup_steps=2),
             peak_lr=1e-2,
             seed=0,
@@ -481,16 +487,19 @@ def test_another_seed_is_another_run(finished: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     path = run / "checkpoints" / "step_8" / "trainer.json"
     assert json.loads(path.read_text())["seed"] == 0
+    train = TrainConfig(max_steps=9, global_batch=8)
     with (
         RunDirectory.open(run, "train: {max_steps: 9}\n", ALONE) as directory,
+        Sentinel.over(directory, ALONE, train, FaultsConfig()) as watch,
         pytest.raises(SwiftError, match="seed=0"),
     ):
         fit(
             backend=_backend(),
             world=ALONE,
             run=directory,
+            watch=watch,
             batches=_stream,
-            train=TrainConfig(max_steps=9, global_batch=8),
+            train=train,
             schedule=ScheduleConfig(),
             peak_lr=1e-2,
             seed=1,

@@ -23,6 +23,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero1 bf16": {"zero_stage": 1},
     "zero2": {"zero_stage": 2, "precision": "fp32"},
     "zero2 bf16": {"zero_stage": 2},
+    "zero2 bf16 states": {"gradient_accumulation_dtype": "bf16", "optimizer_dtype": "bf16"},
 }
 WORKER = Path(__file__).parent / "workers" / "states.py"
 
@@ -86,6 +87,7 @@ def test_optimizer_states_are_shared_out(world: int) -> None:
     flat = sum(padded(sum(LAYOUT.sizes[i] for i in group), world) for group in LAYOUT.groups)
     for name in ("zero1", "zero2", "zero1 bf16", "zero2 bf16"):
         assert memory(name, world).most["optimizer"] == 12 * flat // world, name
+    assert memory("zero2 bf16 states", world).most["optimizer"] == 6 * flat // world
     for name, each in (("plain", 8), ("plain bf16", 12), ("zero0", 8), ("zero0 bf16", 12)):
         assert memory(name, world).most["optimizer"] == each * LAYOUT.total, name
 

@@ -17,6 +17,7 @@ from swiftv2.engine.build import build_backend
 from swiftv2.engine.launch import World
 from swiftv2.engine.loop import fit
 from swiftv2.engine.rundir import RunDirectory
+from swiftv2.engine.sentinel import Sentinel
 
 
 def run(config: PretrainConfig, frozen: list[str], world: World) -> None:
@@ -24,12 +25,16 @@ def run(config: PretrainConfig, frozen: list[str], world: World) -> None:
     model = Toy()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
-    with RunDirectory.open(config.run.dir, dump(config), world) as directory:
+    with (
+        RunDirectory.open(config.run.dir, dump(config), world) as directory,
+        Sentinel.over(directory, world, config.train, config.faults) as watch,
+    ):
         backend = build_backend(config.engine, config.optimizer, model, DECAY, world, micro, accumulation)
         fit(
             backend=backend,
             world=world,
             run=directory,
+            watch=watch,
             batches=lambda samples, exclusions: Batches(samples, world, accumulation, exclusions=exclusions),
             train=config.train,
             schedule=config.schedule,

@@ -13,6 +13,7 @@ from swiftv2.engine import launch
 from swiftv2.engine.build import build_backend
 from swiftv2.engine.loop import fit
 from swiftv2.engine.rundir import RunDirectory
+from swiftv2.engine.sentinel import Sentinel
 from swiftv2.engine.stream import Exclusion
 
 
@@ -26,12 +27,14 @@ def main() -> int:
     micro, accumulation = split_batch(train.global_batch, world.size, train.micro_batch)
     sections = {"engine": engine, "train": train, "schedule": schedule, "optimizer": optimizer}
     text = yaml.safe_dump({name: section.model_dump(mode="json") for name, section in sections.items()})
-    with RunDirectory.open(path, text, world) as run:
+    faults = FaultsConfig(**options.get("faults", {}))
+    with RunDirectory.open(path, text, world) as run, Sentinel.over(run, world, train, faults) as watch:
         backend = build_backend(engine, optimizer, Toy(), DECAY, world, micro, accumulation)
         result = fit(
             backend=backend,
             world=world,
             run=run,
+            watch=watch,
             batches=lambda samples, exclusions: Batches(
                 samples,
                 world,
@@ -44,7 +47,7 @@ def main() -> int:
             schedule=schedule,
             peak_lr=optimizer.lr,
             seed=0,
-            faults=FaultsConfig(**options.get("faults", {})),
+            faults=faults,
         )
         backend.close()
     launch.stop()

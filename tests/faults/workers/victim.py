@@ -34,6 +34,7 @@ from swiftv2.engine.launch import World
 from swiftv2.engine.loop import FitResult, fit
 from swiftv2.engine.loss import after_loss, lost_each_other
 from swiftv2.engine.rundir import RunDirectory
+from swiftv2.engine.sentinel import Sentinel
 from swiftv2.engine.stream import Exclusion
 from swiftv2.errors import SwiftError
 
@@ -121,19 +122,21 @@ def train(path: Path, options: dict[str, Any]) -> FitResult:
         return streams[-1]
 
     try:
-        with RunDirectory.open(path, text, world) as run:
+        faults = FaultsConfig(**options.get("faults", {}))
+        with RunDirectory.open(path, text, world) as run, Sentinel.over(run, world, settings, faults) as watch:
             backend = build_backend(engine, optimizer, module, DECAY, world, micro, accumulation)
             asked = options.get("evaluate")
             result = fit(
                 backend=backend,
                 world=world,
                 run=run,
+                watch=watch,
                 batches=batches,
                 train=settings,
                 schedule=schedule,
                 peak_lr=optimizer.lr,
                 seed=0,
-                faults=FaultsConfig(**options.get("faults", {})),
+                faults=faults,
                 evaluate=evaluation(backend, world, path / "logs", **asked) if asked else None,
                 best_metric="heldout/loss" if asked else None,
             )
