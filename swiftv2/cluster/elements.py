@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from swiftv2.cluster import slurm
-from swiftv2.cluster.book import Entry
+from swiftv2.cluster.book import OTHER_JOB, Entry
 from swiftv2.cluster.slurm import Job
 from swiftv2.cluster.standing import GOING, WAITING, Standing, stand
 from swiftv2.cluster.traces import Traces, read_traces
@@ -145,15 +145,19 @@ class _Judge:
             return "failed", lost
         if job.reason == _NEVER:
             return "failed", f"what it waits for has failed: job {', '.join(entry.after.values())}"
-        parents = [name for name, number in entry.after.items() if not self._is_done(name, number)]
-        if job.reason == "Dependency" and parents:
-            return "waiting", f"for {', '.join(f'{name} (job {entry.after[name]})' for name in parents)}"
+        # Slurm gives its reason a moment after it took the job.
+        parents = [name for name in entry.after if name in self.book and not self._is_done(name)]
+        waits = [f"{name} (job {entry.after[name]})" for name in parents]
+        if OTHER_JOB in entry.after and (job.reason == "Dependency" or self._is_active(entry.after[OTHER_JOB])):
+            waits.append(f"job {entry.after[OTHER_JOB]}")
+        if waits:
+            return "waiting", f"for {', '.join(waits)}"
         return "pending", "" if job.reason in {"", "None"} else job.reason
 
     def _lost_parent(self, entry: Entry) -> str | None:
         """Which parent will not let the job start any more, in one line."""
         for name, number in entry.after.items():
-            if name not in self.book or self._is_done(name, number):
+            if name not in self.book or self._is_done(name):
                 continue
             if self.book[name].job != number:
                 if not self._is_active(number):
@@ -162,9 +166,7 @@ class _Judge:
                 return f"{name}, for which it waited, has failed"
         return None
 
-    def _is_done(self, name: str, number: str) -> bool:
-        if name not in self.book:
-            return number in self.queue and self.queue[number].state == "COMPLETED"
+    def _is_done(self, name: str) -> bool:
         return self.of(name).state == "finished"
 
     def _is_active(self, number: str) -> bool:
@@ -174,13 +176,13 @@ class _Judge:
         """Why a job that was queued is over without a finished run."""
         lost = self._lost_parent(entry)
         began = datetime.fromisoformat(entry.when).timestamp()
-        fresh = traces is not None and any(row["time"] >= began for row in traces.events)
-        if lost is not None and not fresh:
+        since = {row["event"] for row in traces.events if row["time"] >= began} if traces is not None else set()
+        if lost is not None and not since:
             return lost
         log = self.sweep.folder / f"slurm-{entry.job}.out"
         # Where a run wrote down why it failed, that says most; then what its job said last.
-        why = _why(standing) if fresh else ""
-        told = why if standing is not None and standing.state == "failed" and why else _complaint(log) or why
+        why = _why(standing) if since else ""
+        told = why if "failed" in since else _complaint(log) or why
         if job is None:
             return told or f"job {entry.job} is over, and Slurm has forgotten it: see {log}"
         if job.state in {"FAILED", "COMPLETED"}:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import environment
 
-from swiftv2.cluster.book import LOCK, Entry, alone_in, note, now, read_book
+from swiftv2.cluster.book import LOCK, OTHER_JOB, Entry, alone_in, note, now, read_book
 from swiftv2.cluster.elements import ElementState, State, element_states
 from swiftv2.cluster.slurm import Job
 from swiftv2.cluster.sweep import Request, array_indices, choose, element, group, resolve
@@ -251,7 +251,7 @@ def test_elements_stand_as_their_jobs_and_runs_do(tmp_path: Path) -> None:
 def test_who_waits_for_whom_and_who_waits_in_vain(tmp_path: Path) -> None:
     made = sweep(tmp_path)
     note(tmp_path, {"a": entry("5_0"), "b": entry("5_1"), "c": entry("6_2", a="5_0", b="5_1"), "d": entry("7_3", c="6_2")})
-    behind = (job("6_2", "PENDING", "Dependency"), job("7_3", "PENDING", "Dependency"))
+    behind = (job("6_2", "PENDING"), job("7_3", "PENDING", "Dependency"))
     found = states(made, job("5_0", "RUNNING"), job("5_1", "PENDING", "Priority"), *behind)
     assert found["c"] == ("waiting", "for a (job 5_0), b (job 5_1)")
     assert found["d"] == ("waiting", "for c (job 6_2)")
@@ -271,6 +271,17 @@ def test_who_waits_for_whom_and_who_waits_in_vain(tmp_path: Path) -> None:
     note(tmp_path, {"c": entry("10_2", b="9_1"), "d": entry("11_3", c="10_2")})
     found = states(made, again, job("10_2", "PENDING", "Dependency"), job("11_3", "PENDING", "Dependency"))
     assert (found["c"], found["d"]) == (("waiting", "for b (job 9_1)"), ("waiting", "for c (job 10_2)"))
+
+
+def test_an_element_waits_for_a_job_that_is_none_of_the_sweeps(tmp_path: Path) -> None:
+    made = sweep(tmp_path, [{"name": "a"}])
+    note(tmp_path, {"a": replace(entry("5_0"), after={OTHER_JOB: "3"})})
+    waits = ("waiting", "for job 3")
+    assert states(made, job("5_0", "PENDING", "Dependency")) == {"a": waits}
+    assert states(made, job("5_0", "PENDING", "None"), job("3", "RUNNING")) == {"a": waits}
+    assert states(made, job("5_0", "PENDING", "Resources"), job("3", "COMPLETED")) == {"a": ("pending", "Resources")}
+    found = states(made, job("5_0", "PENDING", "DependencyNeverSatisfied"))
+    assert found == {"a": ("failed", "what it waits for has failed: job 3")}
 
 
 def test_what_was_queued_and_is_no_longer_in_the_file_is_shown_too(tmp_path: Path) -> None:
