@@ -37,9 +37,11 @@ class ClusterError(RuntimeError):
 class Cluster:
     """One Slurm below a folder; any number can run side by side, each on ports of its own."""
 
-    def __init__(self, folder: Path, nodes: int = 2) -> None:
+    def __init__(self, folder: Path, nodes: int = 2, cpu_nodes: int = 0) -> None:
         self.folder = folder.absolute()
-        self.nodes = [f"nid{index:06}" for index in range(1, nodes + 1)]
+        self.gpu_nodes = [f"nid{index:06}" for index in range(1, 1 + nodes)]
+        self.cpu_nodes = [f"nid{index:06}" for index in range(4001, 4001 + cpu_nodes)]
+        self.nodes = [*self.gpu_nodes, *self.cpu_nodes]
         self.conf = self.folder / "etc" / "slurm.conf"
 
     # Daemons
@@ -64,7 +66,7 @@ class Cluster:
             self.down()
             shutil.rmtree(self.folder / "state", ignore_errors=True)
             shutil.rmtree(self.folder / "spool", ignore_errors=True)
-            daemons.configure(self.folder, self.nodes)
+            daemons.configure(self.folder, self.gpu_nodes, self.cpu_nodes)
         if not self._running("munge/pid", "munged"):
             files = {"key-file": "munge/key", "socket": "munge/socket", "pid-file": "munge/pid", "seed-file": "munge/seed"}
             places = [f"--{option}={self.folder / name}" for option, name in files.items()]
@@ -73,7 +75,12 @@ class Cluster:
             self._start("slurmctld", "-f", str(self.conf))
         for node in self.nodes:
             self._start_node(node)
-        self._until(lambda: all(self.node_state(node).isalpha() for node in self.nodes), 30, "the nodes did not come up")
+        self._until(self._complete, 30, "the nodes did not come up")
+
+    def _complete(self) -> bool:
+        """Whether every node has come and answers."""
+        states = self.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).stdout.split()
+        return len(states) == len(self.nodes) and all(state.isalpha() and state != "unknown" for state in states)
 
     def down(self) -> None:
         """End all that belongs to this cluster, jobs included; what others started stays."""
@@ -332,14 +339,14 @@ def _end(text: str, lines: int = 40) -> str:
     return "\n".join(text.splitlines()[-lines:])
 
 
-def of_session() -> Cluster:
+def of_session(nodes: int = 2, cpu_nodes: int = 0) -> Cluster:
     """A cluster for this process, in a folder that names it; what processes that are gone left running is ended first."""
     place = Path(tempfile.gettempdir())
-    for old in place.glob(f"{PREFIX}*"):
-        number = old.name.removeprefix(PREFIX)
+    for old in place.glob(f"{PREFIX}*-*"):
+        number = old.name.removeprefix(PREFIX).partition("-")[0]
         if number.isdigit() and not daemons.name_of(int(number)):
             remove(Cluster(old))
-    return Cluster(place / f"{PREFIX}{os.getpid()}")
+    return Cluster(Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=place)), nodes, cpu_nodes)
 
 
 def remove(cluster: Cluster) -> None:

@@ -51,11 +51,13 @@ SlurmctldTimeout=120
 SlurmdTimeout=10
 Licenses=scratch:1000,cfs:1000
 AccountingStorageType=accounting_storage/none
-NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports} Sockets=1 CoresPerSocket=64 ThreadsPerCore=2 \
-RealMemory=229992 Gres=gpu:a100:4 Feature=gpu,a100,hbm80g
+NodeName=DEFAULT CoresPerSocket=64 ThreadsPerCore=2
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=2-00:00:00 DefaultTime=10 OverSubscribe=NO
 """
-DEVICES = "AutoDetect=off\nNodeName={nodes} Name=gpu Type=a100 File={folder}/devices/nvidia[0-3]\n"
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} {kind}\n"
+GPU_KIND = "Sockets=1 RealMemory=229992 Gres=gpu:a100:4 Feature=gpu,a100,hbm80g"
+CPU_KIND = "Sockets=2 RealMemory=512000 Feature=cpu"
+DEVICES = "NodeName={name} Name=gpu Type=a100 File={folder}/devices/nvidia[0-3]\n"
 NO_CONTROL_GROUPS = "CgroupPlugin=cgroup/v1\nConstrainCores=no\nConstrainDevices=no\nConstrainRAMSpace=no\n"
 
 
@@ -120,8 +122,9 @@ def free_ports(count: int) -> list[int]:
     return sorted(found)
 
 
-def configure(folder: Path, nodes: Sequence[str]) -> None:
+def configure(folder: Path, gpu_nodes: Sequence[str], cpu_nodes: Sequence[str]) -> None:
     """Write settings, a key and pretended devices for so many nodes below a folder, on ports that are free now."""
+    nodes = [*gpu_nodes, *cpu_nodes]
     for name in ("etc", "log", "state", "munge", "devices", "jobs", *(f"spool/{node}" for node in nodes)):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for index in range(4):
@@ -132,17 +135,16 @@ def configure(folder: Path, nodes: Sequence[str]) -> None:
     key.unlink(missing_ok=True)
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(128))
-    controller, *ports = free_ports(1 + len(nodes))
-    values = {
-        "folder": folder,
-        "host": socket.gethostname().split(".")[0],
-        "port": controller,
-        "ports": ",".join(str(port) for port in ports),
-        "nodes": ",".join(nodes),
-    }
-    (folder / "etc" / "gres.conf").write_text(DEVICES.format_map(values), encoding="utf-8")
+    port, *ports = free_ports(1 + len(nodes))
+    host = socket.gethostname().split(".")[0]
+    settings = SETTINGS.format(folder=folder, host=host, port=port)
+    for name, its_port in zip(nodes, ports, strict=True):
+        kind = GPU_KIND if name in gpu_nodes else CPU_KIND
+        settings += NODE.format(name=name, host=host, port=its_port, kind=kind)
+    devices = "AutoDetect=off\n" + "".join(DEVICES.format(name=name, folder=folder) for name in gpu_nodes)
+    (folder / "etc" / "gres.conf").write_text(devices, encoding="utf-8")
     (folder / "etc" / "cgroup.conf").write_text(NO_CONTROL_GROUPS, encoding="utf-8")
-    (folder / "etc" / "slurm.conf").write_text(SETTINGS.format_map(values), encoding="utf-8")
+    (folder / "etc" / "slurm.conf").write_text(settings, encoding="utf-8")
 
 
 def variables(pid: int) -> dict[str, str]:
