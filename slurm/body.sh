@@ -67,15 +67,28 @@ if [ -z "${MASTER_ADDR:-}" ] && ! getent hosts "$first" >/dev/null; then
 fi
 
 verb=$1
-answer=$(swiftv2 job begin "$@") || exit $?
+words=("$@")
+given=("${@:3}") # what `sbatch` was given behind the launcher, which itself says two words, or one
+case $verb in
+pretrain)
+    # What the site sets for all runs comes before what was given, so that this has the last word.
+    read -r -a usual <<<"${SWIFTV2_WORDS:-}"
+    words=("$1" "$2" "${usual[@]}" "${given[@]}")
+    ;;
+sweep) given=("${@:2}") ;;
+esac
+answer=$(swiftv2 job begin "${words[@]}") || exit $?
 mapfile -t lines <<<"$answer"
 target=${lines[0]}
 mark=${lines[1]}
 command=("${lines[@]:2}")
 most=${SWIFTV2_MOST_REQUEUES:-30}
-submitted=$(timeout 60 scontrol show job "$job" | sed -n 's/^ *Command=//p')
-submitted=${submitted%" ${*:2}"}
-export SWIFTV2_SUBMITTED=${submitted:-}
+# What starts this once more, when the job itself is gone: the run directory's resume.sh.
+script=$(timeout 60 scontrol show job "$job" | sed -n 's/^ *Command=//p')
+[ "$script" = "${script%%.sh *}" ] || script=${script%%.sh *}.sh
+SWIFTV2_SUBMITTED=$(printf '%q ' sbatch "--nodes=$SLURM_NNODES" "--ntasks-per-node=${SLURM_NTASKS_PER_NODE:-1}" \
+    ${SLURM_ARRAY_TASK_ID:+"--array=$SLURM_ARRAY_TASK_ID"} "$script" "${given[@]}")
+export SWIFTV2_SUBMITTED SWIFTV2_SITE_FILE=$site
 say "job $job, start $((restart + 1)), ${SLURM_NNODES} nodes ($SLURM_JOB_NODELIST), site $site: $target from $mark"
 
 # In the shell of a task: private caches, the order of devices, no MPI. In Slurm 22 and later srun takes no

@@ -44,9 +44,8 @@ class Verdict(NamedTuple):
 
 
 def run_mark(run_dir: Path) -> int:
-    """How far a run is: the step of its newest finished checkpoint, -1 where there is none."""
-    step = newest_step(run_dir)
-    return -1 if step is None else step
+    """How far a run is: the step of its newest finished checkpoint, 0 where there is none."""
+    return newest_step(run_dir) or 0
 
 
 def store_mark(store: Path) -> int:

@@ -255,7 +255,12 @@ def git_state() -> dict[str, Any] | None:
 
 
 def _resume_script(world: World) -> str:
-    """A shell script that starts the same command again in the same way."""
+    """A shell script that starts the same command again in the same way; under a launcher of `slurm/`, by queueing that."""
+    folder = f"cd {shlex.quote(str(Path.cwd()))} || exit 1\n"
+    if os.environ.get("SWIFTV2_SUBMITTED"):
+        site = os.environ.get("SWIFTV2_SITE_FILE", "")
+        read = f". {shlex.quote(site)} || exit 1\n" if site else ""
+        return f"#!/bin/bash\n{folder}{read}exec {os.environ['SWIFTV2_SUBMITTED']}\n"
     interpreter, rest = sys.executable, sys.orig_argv[1:]
     words = [interpreter, *rest]
     single = int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1
@@ -272,4 +277,4 @@ def _resume_script(world: World) -> str:
     threads = os.environ.get("OMP_NUM_THREADS")
     export = f"export OMP_NUM_THREADS={shlex.quote(threads)}\n" if threads else ""
     note = "" if single else "# Run this on every node of the job.\n"
-    return f"#!/bin/sh\n{note}cd {shlex.quote(str(Path.cwd()))} || exit 1\n{export}exec {shlex.join(words)}\n"
+    return f"#!/bin/sh\n{note}{folder}{export}exec {shlex.join(words)}\n"
