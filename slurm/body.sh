@@ -13,7 +13,9 @@ fail() {
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ -n "${SLURM_JOB_ID:-}" ] || fail "slurm/body.sh is the body of a job: give \`sbatch slurm/pretrain_806M.sh ...\`" 2
-job=$SLURM_JOB_ID
+# The number of an array's last element is that of the whole array: by it all elements would be requeued.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
 restart=${SLURM_RESTART_COUNT:-0}
 export SWIFTV2_ROOT=$root SLURM_RESTART_COUNT=$restart
 
@@ -116,15 +118,31 @@ requeue() { # with the hosts to leave out, or nothing
     exit 75
 }
 
+# A node that Slurm has lost sight of lives on, and this script on it: the job may be running elsewhere by now.
+stay() {
+    local record
+    record=$(timeout 60 scontrol show job --oneliner "$job") || fail "Slurm does not tell of job $job: nothing more is done here"
+    case " $record " in
+    *" JobState=RUNNING "*) ;;
+    *) [ ${#cancelled[@]} -gt 0 ] || fail "job $job is no longer running for Slurm: nothing more is done here" ;;
+    esac
+    case " $record " in
+    *" Restarts=$restart "*" BatchHost=$SLURMD_NODENAME "*) ;;
+    *) fail "job $job has been given another start: nothing more is done here" ;;
+    esac
+}
+
 judge() { # with the status, and further words for `job end`
     local hosts verdict status=$1
     shift
+    stay
     hosts=$(swiftv2 job end "$verb" "$target" --status "$status" --mark "$mark" --most "$most" "$@")
     verdict=$?
     [ "$verdict" -ne 75 ] || requeue "$hosts"
     exit "$verdict"
 }
 
+cancelled=()
 if [ -n "${SWIFTV2_PACKAGES:-}" ]; then
     "${step[@]}" "--ntasks=$SLURM_NNODES" --ntasks-per-node=1 bash "$root/slurm/stage.sh" ||
         fail "$SWIFTV2_PACKAGES could not be unpacked on every node"
@@ -141,7 +159,6 @@ if [ "$verb" != store ] && [ "$doctor" != off ]; then
     [ "$status" -eq 0 ] || judge "$status" --doctor "$report"
 fi
 
-cancelled=()
 "${step[@]}" "${inside[@]}" bash "$root/slurm/rank.sh" "$python" -m swiftv2 "${command[@]}" &
 ranks=$!
 trap 'kill -USR1 "$ranks"' USR1

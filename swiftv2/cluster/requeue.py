@@ -14,6 +14,8 @@ KILLED = 128
 """Statuses above this are a signal's: the process was ended from outside."""
 IDLE_STARTS = 3
 """Starts in a row of one job, by others than this project, that may come to no newer checkpoint."""
+NO_FAULT = ("InterruptedRunError", "KeyboardInterrupt")
+"""Errors of `failed` events that the same command mends."""
 _STORE_STAGING = ".build"
 
 
@@ -132,6 +134,9 @@ def _judge(run_dir: Path, attempt: Attempt, status: int, mark: int, now: int, mo
     if holder is not None and holder.job == attempt.job and holder.restart > attempt.restart:
         # This script belongs to a node that Slurm has given up and that lives on.
         return Verdict(1, f"start {holder.restart + 1} of job {holder.job} has taken the run over")
+    if status == 0 and not _is_finished(run_dir):
+        # What `srun` says where it has lost a node.
+        status = KILLED + 1
     if status not in {0, AGAIN} and status <= KILLED:
         problem = _problem(run_dir)
         return Verdict(status, f"failed with status {status}{f': {problem}' if problem else ''}; a person must look")
@@ -161,7 +166,16 @@ def _problem(run_dir: Path) -> str | None:
     """What the run's last attempt said when it failed; None where it did not say so."""
     rows = [row for row in read_lines(run_dir / EVENTS) if row["event"] not in {"job", "requeued"}]
     last = rows[-1] if rows else None
-    return str(last.get("problem")) if last is not None and last["event"] == "failed" else None
+    if last is None or last["event"] != "failed" or last.get("error") in NO_FAULT:
+        return None
+    return str(last.get("problem"))
+
+
+def _is_finished(run_dir: Path) -> bool:
+    """Whether the last attempt has come to the end of the run."""
+    rows = read_lines(run_dir / EVENTS)
+    ends = [row["event"] for row in rows if row["event"] in {"start", "finished"}]
+    return bool(ends) and ends[-1] == "finished"
 
 
 def _idle_starts(run_dir: Path, job: str, mark: int) -> int:

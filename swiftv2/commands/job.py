@@ -12,6 +12,7 @@ from swiftv2.errors import SwiftError, UsageError
 from swiftv2.terminal import add_command, say, warn
 
 MOST = 30
+VERBS = ("pretrain", "sweep", "store")
 
 
 def add(verbs: Any) -> None:
@@ -24,7 +25,7 @@ def add(verbs: Any) -> None:
         verbs, "begin", _begin, text, ("swiftv2 job begin pretrain configs/pretrain/5M.yaml data.store=cohort.zarr",)
     )
     _add_most(parser)
-    parser.add_argument("verb", choices=("pretrain", "sweep", "store"), help="what the launcher is for")
+    parser.add_argument("verb", help="what the launcher is for: pretrain, sweep or store")
     parser.add_argument("words", nargs=argparse.REMAINDER, help="what it was given")
     text = (
         "say whether a Slurm job whose ranks have ended is to be requeued: status 75 where it is, with the hosts to leave out "
@@ -32,7 +33,7 @@ def add(verbs: Any) -> None:
     )
     parser = add_command(verbs, "end", _end, text, ("swiftv2 job end pretrain runs/5M --status 75 --mark 400",))
     _add_most(parser)
-    parser.add_argument("verb", choices=("pretrain", "sweep", "store"), help="what the launcher is for")
+    parser.add_argument("verb", help="what the launcher is for: pretrain, sweep or store")
     parser.add_argument("target", type=Path, help="the folder that `job begin` has printed")
     parser.add_argument("--status", type=int, required=True, help="of the ranks, as srun gives it")
     parser.add_argument("--mark", type=int, required=True, help="how far it was, as `job begin` has printed it")
@@ -46,6 +47,8 @@ def _add_most(parser: argparse.ArgumentParser) -> None:
 
 
 def _begin(arguments: argparse.Namespace) -> int:
+    if arguments.verb not in VERBS:
+        raise UsageError(f"this version of swiftv2 has no command {arguments.verb}: its launchers start {', '.join(VERBS)}")
     from swiftv2.cluster import requeue
 
     attempt = requeue.this_attempt(os.environ)

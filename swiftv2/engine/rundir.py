@@ -21,7 +21,8 @@ import swiftv2
 from swiftv2.engine.collective import on_first
 from swiftv2.engine.launch import World
 from swiftv2.engine.lease import Lease, last_attempt
-from swiftv2.errors import SwiftError, UsageError
+from swiftv2.engine.loss import lost_each_other
+from swiftv2.errors import InterruptedRunError, SwiftError, UsageError
 from swiftv2.files import write_file
 from swiftv2.records import append_line, read_lines
 
@@ -162,7 +163,8 @@ class RunDirectory:
         # A full disk may be what went wrong: then nothing can be written of it; nor into a run that another has taken over.
         if error is not None and self.taken is None:
             with contextlib.suppress(SwiftError):
-                self.event("failed", error=type(error).__name__, problem=str(error).partition("\n")[0])
+                kind = InterruptedRunError if isinstance(error, RuntimeError) and lost_each_other(error) else type(error)
+                self.event("failed", error=kind.__name__, problem=str(error).partition("\n")[0])
         self.close()
 
     def _append(self, name: str, line: Mapping[str, Any], *, anyway: bool = False) -> None:

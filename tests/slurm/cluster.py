@@ -25,6 +25,7 @@ from pathlib import Path
 import daemons
 
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED"}
+READY = {"idle", "mixed", "allocated"}
 OF_SLURM = ("SLURM", "SBATCH_", "SRUN_", "SQUEUE_", "SINFO_", "SCANCEL_", "SCONTROL_", "SALLOC_")
 PREFIX = "swiftv2-slurm-"
 FIELD = re.compile(r"(?:^| )([A-Z][\w:/&]*)=")
@@ -267,7 +268,7 @@ class Cluster:
     def wait_node(self, node: str, states: str | Collection[str], seconds: float = 60.0) -> None:
         """Wait until a node is in one of these states, such as "idle" or "down"; `*` does not count."""
         wanted = {states} if isinstance(states, str) else set(states)
-        message = f"{node} was never {' or '.join(sorted(wanted))}"
+        message = f"{node} was {self.node_state(node)}, and never {' or '.join(sorted(wanted))}"
         self._until(lambda: self.node_state(node).rstrip("*") in wanted, seconds, message)
 
     def kill_slurmd(self, node: str) -> None:
@@ -304,12 +305,19 @@ class Cluster:
     # For tests
 
     def calm(self) -> None:
-        """Cancel all jobs, bring all nodes back and wait until they are idle: so each test begins."""
+        """Cancel all jobs, bring all nodes back and wait until nothing is left of any: so each test begins."""
         self.run("scancel", f"--user={os.getuid()}", check=False)
         daemons.stop((pid for pid in self.processes() if not daemons.name_of(pid).startswith("slurmstepd")), 0)
         for node in self.nodes:
             self.start_slurmd(node)
-            self.wait_node(node, "idle", 30)
+        # A node that is asked often may be told of as `mixed` long after its last job: jobs tell when all is over.
+        self._until(lambda: not self._busy(), 60, "jobs did not end")
+
+    def _busy(self) -> str:
+        """Jobs that wait, run or are being ended, and nodes that do not answer or take no jobs."""
+        jobs = self.run("squeue", "--noheader", "--format=%i %T").stdout
+        nodes = (f"{node} {state}" for node in self.nodes if (state := self.node_state(node)) not in READY)
+        return f"{jobs}{' '.join(nodes)}".strip()
 
     def report(self, job: str) -> str:
         """A job's record, the end of its output and of the logs, for the message of a failed test."""

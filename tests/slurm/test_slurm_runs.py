@@ -18,8 +18,8 @@ from swiftv2.records import newest_step, read_holder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-STEPS = 1200
-SAVES = ("train.save_every=100", "train.save_minutes=0.02", "train.keep_last=2", "train.deepspeed_files=false")
+STEPS = 150
+SAVES = ("train.save_every=100", "train.save_minutes=0.04", "train.keep_last=2", "train.deepspeed_files=false")
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
 ONE_NODE = ("--nodes=1", "--ntasks-per-node=1")
 
@@ -41,20 +41,23 @@ def test_a_run_that_is_ended_in_every_way_comes_to_the_weights_of_one_that_is_no
     """5M over two nodes: its time limit, `scontrol requeue`, `scancel --signal`, a killed rank."""
     run = Launched(cluster, tmp_path / "run")
     run.submit(real_store, *SAVES, f"train.max_steps={STEPS}", options=TWO_NODES)
-    run.goes_on(20)
+    run.goes_on(8)
     # Slurm looks at limits every half minute, and sends the header's USR1 at its first look.
     cluster.end_in(run.job, 120)
-    cluster.wait(run.job, "RUNNING", 90, restarts=1)
+    cluster.wait(run.job, "PENDING", 90, restarts=1)
+    # The limit stays with the job, and is now shorter than the warning before it.
+    cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=2-00:00:00")
+    cluster.wait(run.job, "RUNNING", 60, restarts=1)
     assert [row["signal"] for row in run.events("stopped")] == ["SIGUSR1"]
-    run.goes_on(20)
+    run.goes_on(8)
 
     cluster.requeue(run.job)
     cluster.wait(run.job, "RUNNING", 60, restarts=2)
-    run.goes_on(20)
+    run.goes_on(8)
 
     cluster.cancel(run.job, "USR1")
     cluster.wait(run.job, "RUNNING", 60, restarts=3)
-    run.goes_on(20)
+    run.goes_on(8)
 
     os.kill(run.ranks("nid000002")[0], signal.SIGKILL)
     cluster.wait(run.job, "RUNNING", 90, restarts=4)
@@ -78,7 +81,7 @@ def test_a_run_whose_node_slurm_has_lost_sight_of_has_one_writer(cluster: Cluste
     """The slurmd is killed, the rank lives on: it and its batch script end when the next start takes the run over."""
     run = Launched(cluster, tmp_path / "run")
     run.submit(real_store, *SAVES, "train.max_steps=100000", options=ONE_NODE)
-    run.goes_on(20)
+    run.goes_on(8)
     node = cluster.record(run.job)["NodeList"]
     (orphan,) = run.ranks()
     cluster.kill_slurmd(node)
@@ -88,7 +91,7 @@ def test_a_run_whose_node_slurm_has_lost_sight_of_has_one_writer(cluster: Cluste
     run.until(lambda: len(run.events("start")) == 2, 90)
     run.until(lambda: not Path(f"/proc/{orphan}/stat").exists() or _is_zombie(orphan), 30)
     begun = run.events("start")[1]["time"]
-    run.goes_on(20)
+    run.goes_on(8)
     late = [row for row in _rows(run) if row["attempt"] == 1 and row["time"] > begun]
     assert not late, "the former start wrote into the run of its successor"
     holder = read_holder(run.run / "lease.json")
@@ -115,10 +118,10 @@ def test_a_run_that_comes_no_further_is_not_started_again(cluster: Cluster, real
 def test_a_run_is_started_again_at_most_so_often(cluster: Cluster, real_store: Path, tmp_path: Path) -> None:
     run = Launched(cluster, tmp_path / "run")
     run.submit(real_store, *SAVES, "train.max_steps=100000", options=ONE_NODE, env={"SWIFTV2_MOST_REQUEUES": "1"})
-    run.goes_on(20)
+    run.goes_on(8)
     cluster.cancel(run.job, "USR1")
     cluster.wait(run.job, "RUNNING", 60, restarts=1)
-    run.goes_on(20)
+    run.goes_on(8)
     cluster.cancel(run.job, "USR1")
     cluster.wait(run.job, "FAILED", 60)
     assert "as often as is allowed" in cluster.output(run.job)

@@ -1,0 +1,13 @@
+#!/bin/bash
+#SBATCH --job-name=embed
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=32
+#SBATCH --constraint=gpu
+#SBATCH --time=6:00:00
+#SBATCH --signal=USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+exec bash "${SWIFTV2_ROOT:-$SLURM_SUBMIT_DIR}/slurm/body.sh" embed "$@"
