@@ -6,7 +6,8 @@ from setuptools import find_packages, setup
 
 root = Path(__file__).parent
 presets: dict[str, list[str]] = {}
-for path in sorted((root / "configs").rglob("*.yaml")):
+launchers = [*(root / "slurm").glob("*.sh"), *(root / "slurm").glob("sites/*.env")]
+for path in sorted([*(root / "configs").rglob("*.yaml"), *(root / "scaling").rglob("*.yaml"), *launchers]):
     folder = f"share/swiftv2/{path.parent.relative_to(root).as_posix()}"
     presets.setdefault(folder, []).append(path.relative_to(root).as_posix())
 

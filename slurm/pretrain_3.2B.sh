@@ -1,10 +1,10 @@
 #!/bin/bash
 #SBATCH --job-name=pretrain_3.2B
-#SBATCH --nodes=16
+#SBATCH --nodes=8
 #SBATCH --ntasks-per-node=4
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=32
-#SBATCH --constraint=gpu
+#SBATCH --constraint=gpu&hbm80g
 #SBATCH --time=48:00:00
 #SBATCH --signal=USR1@600
 #SBATCH --requeue

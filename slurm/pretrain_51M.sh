@@ -1,6 +1,6 @@
 #!/bin/bash
 #SBATCH --job-name=pretrain_51M
-#SBATCH --nodes=2
+#SBATCH --nodes=4
 #SBATCH --ntasks-per-node=4
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=32

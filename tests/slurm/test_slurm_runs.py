@@ -152,7 +152,9 @@ def test_a_host_that_doctor_calls_sick_is_left_out(real_store: Path, tmp_path: P
     blind = tmp_path / "python"
     blind.write_text(
         f"""#!/bin/bash
-if [ "$SLURMD_NODENAME" = nid000001 ] && [ -n "$SLURM_LOCALID" ]; then set -- "$@" data.store={tmp_path}/no.zarr; fi
+case "$SLURMD_NODENAME $*" in
+"nid000001 "*" doctor "*) set -- "$@" data.store={tmp_path}/no.zarr ;;
+esac
 exec {sys.executable} "$@"
 """
     )
