@@ -60,7 +60,7 @@ class Watched(NamedTuple):
 
 def make_store(folder: Path) -> Path:
     """A small generated cohort at 4 mm, as a store."""
-    settings = yaml.safe_load((ROOT / "configs/synth/demo.yaml").read_text()) | {"subjects": 4, "frames": 40}
+    settings = yaml.safe_load((ROOT / "configs/synth/demo.yaml").read_text()) | {"subjects": 8, "frames": 40}
     (folder / "synth.yaml").write_text(yaml.safe_dump(settings))
     words = (
         ("synth", str(folder / "bids"), "--config", str(folder / "synth.yaml")),
@@ -121,7 +121,7 @@ def run(cluster: Cluster, folder: Path, store: Path) -> Watched:
     cluster.wait(job, "COMPLETED", 1500)
     over.set()
     watcher.join()
-    return Watched(*seen, time.monotonic() - began)
+    return Watched(seen[0], seen[1], time.monotonic() - began)
 
 
 def write(run_dir: Path, watched: Watched) -> list[str]:

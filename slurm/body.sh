@@ -3,7 +3,7 @@
 #
 # Checks on the batch host what can be checked, starts the ranks, waits, and starts the job again under its own id where
 # `swiftv2 job` says that this helps. docs/slurm.md explains; what a centre differs in stands in slurm/sites/.
-set -uo pipefail
+set -o pipefail
 
 say() { echo "swiftv2: $(date '+%F %T') $*" >&2; }
 fail() {
@@ -37,7 +37,7 @@ case ${SWIFTV2_RUNTIME:-python} in
 python) inside=() ;;
 shifter) inside=(shifter "--image=${SWIFTV2_IMAGE:?name the image: export SWIFTV2_IMAGE=...}" "--module=gpu,nccl-plugin") ;;
 podman-hpc)
-    inside=(podman-hpc run --rm --gpu --nccl --net=host --ipc=host --workdir "$PWD" --volume "$PWD:$PWD" --volume "$root:$root")
+    inside=(podman-hpc run --rm --gpu --nccl --net=host --ipc=host --pid=host --workdir "$PWD" --volume "$PWD:$PWD" --volume "$root:$root")
     [ -z "${SCRATCH:-}" ] || inside+=(--volume "$SCRATCH:$SCRATCH")
     for names in 'SLURM*' 'SWIFTV2_*' 'NCCL_*' 'FI_*' 'TORCH_*' 'PYTORCH_*' 'OMP_*' 'GLOO_*' PYTHONPATH; do inside+=(--env "$names"); done
     inside+=("${SWIFTV2_IMAGE:?name the image: export SWIFTV2_IMAGE=...}")
@@ -69,6 +69,27 @@ if [ -z "${MASTER_ADDR:-}" ] && ! getent hosts "$first" >/dev/null; then
 fi
 
 verb=$1
+# In the shell of a task: private caches, the order of devices, no MPI. In Slurm 22 and later srun takes no
+# --cpus-per-task from the job.
+step=(srun "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait=600)
+read -r -a options <<<"${SWIFTV2_SRUN:-}"
+step+=("${options[@]}")
+if [ "$verb" = store ]; then
+    step+=("--mpi=${SWIFTV2_MPI:-pmi2}")
+else
+    step+=(--mpi=none)
+fi
+
+if [ -n "${SWIFTV2_PACKAGES:-}" ]; then
+    [ -f "$SWIFTV2_PACKAGES" ] || fail "SWIFTV2_PACKAGES=$SWIFTV2_PACKAGES is not there: make it (docs/perlmutter.md), or unset it"
+    "${step[@]}" "--ntasks=$SLURM_NNODES" --ntasks-per-node=1 bash "$root/slurm/stage.sh" ||
+        fail "$SWIFTV2_PACKAGES could not be unpacked on every node"
+    export PYTHONPATH=${SWIFTV2_NODE_LOCAL:-/tmp}/swiftv2-$SLURM_JOB_ID/$SLURMD_NODENAME/packages${PYTHONPATH:+:$PYTHONPATH}
+fi
+lacks=$("${inside[@]}" "$python" -c 'import importlib.util, swiftv2.cli
+print(*(name for name in ("torch", "deepspeed", "zarr") if importlib.util.find_spec(name) is None))' 2>&1 | tail -n 1)
+[ -z "$lacks" ] || fail "$python lacks packages of swiftv2 ($lacks): install them there, or name another one as SWIFTV2_PYTHON"
+
 words=("$@")
 given=("${@:3}") # what `sbatch` was given behind the launcher, which itself says two words, or one
 case $verb in
@@ -92,17 +113,6 @@ SWIFTV2_SUBMITTED=$(printf '%q ' sbatch "--nodes=$SLURM_NNODES" "--ntasks-per-no
     ${SLURM_ARRAY_TASK_ID:+"--array=$SLURM_ARRAY_TASK_ID"} "$script" "${given[@]}")
 export SWIFTV2_SUBMITTED SWIFTV2_SITE_FILE=$site
 say "job $job, start $((restart + 1)), ${SLURM_NNODES} nodes ($SLURM_JOB_NODELIST), site $site: $target from $mark"
-
-# In the shell of a task: private caches, the order of devices, no MPI. In Slurm 22 and later srun takes no
-# --cpus-per-task from the job.
-step=(srun "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait=600)
-read -r -a options <<<"${SWIFTV2_SRUN:-}"
-step+=("${options[@]}")
-if [ "$verb" = store ]; then
-    step+=("--mpi=${SWIFTV2_MPI:-pmi2}")
-else
-    step+=(--mpi=none)
-fi
 
 requeue() { # with the hosts to leave out, or nothing
     # Slurm ends this script while it requeues the job; the second command must still be given.
@@ -143,11 +153,6 @@ judge() { # with the status, and further words for `job end`
 }
 
 cancelled=()
-if [ -n "${SWIFTV2_PACKAGES:-}" ]; then
-    "${step[@]}" "--ntasks=$SLURM_NNODES" --ntasks-per-node=1 bash "$root/slurm/stage.sh" ||
-        fail "$SWIFTV2_PACKAGES could not be unpacked on every node"
-fi
-
 doctor=${SWIFTV2_DOCTOR:-quick}
 [ "$SLURM_NNODES" -gt 1 ] || doctor=off
 if [ "$verb" != store ] && [ "$doctor" != off ]; then

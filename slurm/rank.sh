@@ -6,6 +6,6 @@ cache=$folder/rank-$SLURM_LOCALID
 mkdir -p "$cache"
 # Ranks that compile into one folder wait for, or read, one another's half-written files.
 export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor TORCH_EXTENSIONS_DIR=$cache/extensions
-[ -z "${SWIFTV2_PACKAGES:-}" ] || export PYTHONPATH=$folder/packages${PYTHONPATH:+:$PYTHONPATH}
+[ -z "${SWIFTV2_PACKAGES:-}" ] || export PYTHONPATH=$folder/packages${PYTHONPATH:+:$PYTHONPATH}  # of this node
 [ -z "${SWIFTV2_GPU_ORDER:-}" ] || export CUDA_VISIBLE_DEVICES=$SWIFTV2_GPU_ORDER
 exec "$@"

@@ -38,6 +38,9 @@ COMMANDS = [
     ["pretrain"],
     ["doctor"],
     ["plan"],
+    ["status"],
+    *(["sweep", verb] for verb in ("submit", "status")),
+    *(["job", verb] for verb in ("begin", "end")),
 ]
 MODELS = sorted(path.stem for path in (presets_root() / "model").glob("*.yaml"))
 PRETRAININGS = sorted((presets_root() / "pretrain").glob("*.yaml"))

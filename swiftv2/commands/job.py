@@ -61,6 +61,8 @@ def _begin(arguments: argparse.Namespace) -> int:
         ranks = os.environ.get("SLURM_NTASKS")
         if ranks is not None and ranks.isdigit():
             split_batch(resolved.train.global_batch, int(ranks), resolved.train.micro_batch)
+        if not (resolved.data.store / "zarr.json").is_file():
+            raise UsageError(f"data.store={resolved.data.store} is no store: build one with `sbatch slurm/store_build.sh`")
         run_dir = resolved.run.dir
         mark = requeue.begin(run_dir, attempt, arguments.most)
         lines = [str(run_dir), str(mark), "pretrain", str(config), *words]

@@ -190,3 +190,46 @@ def test_the_heartbeat_goes_on_and_a_lost_lease_is_noticed(tmp_path: Path) -> No
         assert held.lost is not None
         assert "on thief" in held.lost
     assert json.loads(path.read_text())["host"] == "thief", "a lease of others is not released"
+
+
+def test_a_former_start_that_lives_on_has_found_out_before_its_successor_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm requeues a job, too, whose node it has only lost sight of."""
+    monkeypatch.setenv("SLURM_JOB_ID", "117")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    former = Lease.acquire(tmp_path, 1, heartbeat_seconds=0.3)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    began = time.monotonic()
+    with Lease.acquire(tmp_path, 2, heartbeat_seconds=0.3) as successor:
+        assert 0.3 < time.monotonic() - began < 1.5
+        assert former.lost is not None
+        assert "attempt 2" in former.lost
+        assert successor.taker() is None
+        lost = RunDirectory(tmp_path, 1, ALONE, former)
+        with pytest.raises(SwiftError, match=r"was taken over by .* this process ends without writing"):
+            lost.metrics(1, {"loss": 1.0})
+        former.release()
+        assert successor.taker() is None, "a former holder gives nothing back"
+
+
+def test_nothing_is_waited_for_where_the_former_start_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import os, sys; from pathlib import Path; from swiftv2.engine.lease import Lease;"
+            "Lease.acquire(Path(sys.argv[1]), 1); os._exit(9)",
+            str(tmp_path),
+        ],
+        env=os.environ
+        | {"SLURM_JOB_ID": "117", "SLURM_RESTART_COUNT": "0", "PYTHONPATH": str(Path(lease.__file__).parents[2])},
+        check=False,
+        timeout=60,
+    )
+    assert gone.returncode == 9
+    monkeypatch.setenv("SLURM_JOB_ID", "117")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    began = time.monotonic()
+    with Lease.acquire(tmp_path, 2):
+        assert time.monotonic() - began < 2

@@ -5,10 +5,13 @@ import signal
 import stat
 import subprocess
 import sys
+import tarfile
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from cluster import Cluster, remove
 from launched import GEOMETRY, ROOT, Launched, environment
 from outcome import assert_same_end
@@ -173,6 +176,64 @@ exec {sys.executable} "$@"
     record = spare_cluster.record(run.job)
     assert (record["ExcNodeList"], record["NodeList"]) == ("nid000001", "nid[000002-000003]")
     assert len(run.events("finished")) == 1
+
+
+def test_packages_are_read_from_the_node_itself(cluster: Cluster, real_store: Path, tmp_path: Path) -> None:
+    """What every interpreter imports first leaves a trace of where it was read."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, pathlib\n"
+        f"path = pathlib.Path({str(tmp_path)!r}) / f'read-on-{{os.environ[\"SLURMD_NODENAME\"]}}-{{os.getpid()}}'\n"
+        "path.write_text(__file__)\n"
+    )
+    packages = tmp_path / "packages.tar"
+    with tarfile.open(packages, "w") as tar:
+        tar.add(tmp_path / "sitecustomize.py", "sitecustomize.py")
+    local = tmp_path / "local"
+    run = Launched(cluster, tmp_path / "run")
+    extra = {"SWIFTV2_PACKAGES": str(packages), "SWIFTV2_NODE_LOCAL": str(local)}
+    run.submit(real_store, "train.max_steps=2", options=TWO_NODES, env=extra)
+    cluster.wait(run.job, "COMPLETED", 90)
+    for node in ("nid000001", "nid000002"):
+        origins = {path.read_text() for path in tmp_path.glob(f"read-on-{node}-*")}
+        assert origins == {str(local / f"swiftv2-{run.job}" / node / "packages" / "sitecustomize.py")}
+    run.submit(real_store, options=ONE_NODE, env=extra | {"SWIFTV2_PACKAGES": str(tmp_path / "none.tar")})
+    cluster.wait(run.job, "FAILED", 30)
+    assert "none.tar is not there" in cluster.output(run.job)
+
+
+def test_an_interpreter_without_the_packages_is_told_in_one_line(cluster: Cluster, real_store: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare" / "bin" / "python"
+    venv.create(bare.parents[1], with_pip=False)
+    run = Launched(cluster, tmp_path / "run")
+    run.submit(real_store, options=ONE_NODE, env={"SWIFTV2_PYTHON": str(bare)})
+    cluster.wait(run.job, "FAILED", 30)
+    (line,) = cluster.output(run.job).splitlines()
+    assert "lacks packages of swiftv2" in line
+    assert "SWIFTV2_PYTHON" in line
+
+
+def test_an_element_of_an_array_is_requeued_alone(cluster: Cluster, real_store: Path, tmp_path: Path) -> None:
+    """The last one, too, whose job has the number of the whole array."""
+    sweep = {
+        "config": "5M",
+        "folder": "runs",
+        "common": [*GEOMETRY, *SAVES, f"data.store={real_store}", "train.max_steps=100000"],
+        "grid": {"run.seed": [0, 1]},
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    options = ("--array=0-1", *ONE_NODE)
+    script = ROOT / "slurm" / "sweep.sh"
+    job = cluster.submit(script, str(tmp_path / "sweep.yaml"), env=environment(), options=options, folder=tmp_path)
+    runs = [Launched(cluster, tmp_path / "runs" / f"seed_{seed}") for seed in (0, 1)]
+    for index, run in enumerate(runs):
+        run.job = f"{job}_{index}"
+    for run in runs:
+        run.goes_on(5)
+    cluster.cancel(f"{job}_1", "USR1")
+    cluster.wait(f"{job}_1", "RUNNING", 60, restarts=1)
+    runs[1].until(lambda: len(runs[1].events("start")) == 2, 60)
+    assert int(cluster.record(f"{job}_0")["Restarts"]) == 0
+    assert len(runs[0].events("start")) == 1
 
 
 def test_a_store_is_built_by_ranks_of_mpi_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
