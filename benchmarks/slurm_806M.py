@@ -136,7 +136,7 @@ def write(run_dir: Path, watched: Watched) -> list[str]:
     lines = prose(
         f"{len(starts)} starts of one job, {len(requeued)} requeue by its own script after "
         f"{', '.join(row['signal'] for row in stopped)}, {'finished' if finished else 'NOT FINISHED'} after "
-        f"{watched.seconds / 60:.1f} minutes. The rank held {watched.peak_bytes / 1e9:.1f} GB at most (its peak is in the step, "
+        f"{watched.seconds / 60:.1f} minutes. The rank held {watched.peak_bytes / 1e9:.1f} GB at most (in the step, "
         f"where AdamW makes two copies of the largest group), the host had {watched.free_bytes / 1e9:.1f} GB left at least. "
         f"A checkpoint is {saved[0]['bytes'] / 1e9:.1f} GB."
     )

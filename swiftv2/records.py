@@ -52,14 +52,18 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def process_start(pid: int) -> str | None:
-    """Boot id and start time of a living process of this host, as a lease notes them; None where there is none."""
+    """What tells a living process of this host from all others, as a lease notes it; None where there is none.
+
+    Boot id, namespace of process ids (each container may have its own, in which others' numbers mean nothing) and start time.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        space = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 (not a path)
         # The name in brackets may hold blanks; the start time is the 22nd field, the 20th after it.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
-    return None if fields[0] == "Z" else f"{boot}/{fields[19]}"
+    return None if fields[0] == "Z" else f"{boot} {space}/{fields[19]}"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -114,6 +118,17 @@ def append_line(path: Path, values: Mapping[str, Any]) -> None:
         raise SwiftError(f"{path}: cannot be written ({error.strerror})") from error
     if written != len(data):
         raise SwiftError(f"{path}: only part of a line could be written: is the disk full?")
+
+
+def cut_torn_line(path: Path) -> None:
+    """Cut off what a kill has left of a last line, so that the next one begins on its own."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole != len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)
 
 
 def newest_step(run_dir: Path) -> int | None:

@@ -1,14 +1,15 @@
 """What the command line shows: help, one-line errors of use, answers as JSON or tables, and how far a command is."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TextIO
 
 from swiftv2.errors import UsageError
 
@@ -69,6 +70,22 @@ def add_command(
 def add_json(parser: Parser) -> None:
     """Add the option that `answer` looks at."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+@contextlib.contextmanager
+def own_output() -> Iterator[TextIO]:
+    """Standard output for what is written to the given stream alone; all else that is printed goes to standard error."""
+    with contextlib.ExitStack() as stack:
+        stream = sys.stdout
+        with contextlib.suppress(OSError, ValueError):  # A stream of Python's alone, as tests put there, has no descriptor.
+            number = sys.stdout.fileno()
+            sys.stdout.flush()
+            stream = stack.enter_context(os.fdopen(os.dup(number), "w", encoding=sys.stdout.encoding))
+            stack.callback(os.dup2, stream.fileno(), number)
+            os.dup2(sys.stderr.fileno(), number)
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield stream
+        stream.flush()
 
 
 def say(text: str) -> None:

@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from swiftv2.cluster.standing import holds
+from swiftv2.cluster.traces import read_traces
 from swiftv2.errors import SwiftError
 from swiftv2.files import read_json
-from swiftv2.records import EVENTS, LEASE, append_line, newest_step, read_holder, read_lines
+from swiftv2.records import EVENTS, LEASE, append_line, cut_torn_line, newest_step, read_holder, read_lines
 
 AGAIN = 75
 KILLED = 128
@@ -64,9 +66,12 @@ def begin(run_dir: Path, attempt: Attempt, most: int) -> int:
         most: starts after the first that are allowed.
 
     Raises:
-        SwiftError: the job was started too often, or again and again without a newer checkpoint.
+        SwiftError: another job writes there, or this one was started too often, or again and again without a newer checkpoint.
     """
     mark = run_mark(run_dir)
+    holder = read_holder(run_dir / LEASE)
+    if holder is not None and holder.job != attempt.job and holds(read_traces(run_dir), time.time()):
+        raise SwiftError(f"{run_dir} is being written by {holder}: stop that one first, or wait until it has ended")
     if attempt.restart > most:
         raise SwiftError(
             f"{run_dir}: job {attempt.job} was requeued {attempt.restart} times, more than {most}: {_look(run_dir)}"
@@ -137,10 +142,11 @@ def _judge(run_dir: Path, attempt: Attempt, status: int, mark: int, now: int, mo
     if status == 0 and not _is_finished(run_dir):
         # What `srun` says where it has lost a node.
         status = KILLED + 1
+    problem = _problem(run_dir) if status else None
     if status not in {0, AGAIN} and status <= KILLED:
-        problem = _problem(run_dir)
         return Verdict(status, f"failed with status {status}{f': {problem}' if problem else ''}; a person must look")
-    if status > KILLED and (problem := _problem(run_dir)) is not None:
+    if problem is not None:
+        # The highest status of all ranks says less: others end with 75 where one has failed.
         return Verdict(1, f"failed: {problem}; a person must look")
     return _again(run_dir, attempt, status, (mark, now), most, "checkpoint", cancelled=cancelled)
 
@@ -164,11 +170,12 @@ def _again(
 
 def _problem(run_dir: Path) -> str | None:
     """What the run's last attempt said when it failed; None where it did not say so."""
-    rows = [row for row in read_lines(run_dir / EVENTS) if row["event"] not in {"job", "requeued"}]
-    last = rows[-1] if rows else None
-    if last is None or last["event"] != "failed" or last.get("error") in NO_FAULT:
-        return None
-    return str(last.get("problem"))
+    for row in reversed(read_lines(run_dir / EVENTS)):
+        if row["event"] in {"start", "job"}:
+            return None
+        if row["event"] == "failed" and row.get("error") not in NO_FAULT:
+            return str(row.get("problem"))
+    return None
 
 
 def _is_finished(run_dir: Path) -> bool:
@@ -207,6 +214,7 @@ def _note(run_dir: Path, event: str, **values: Any) -> None:
     """Append an event as the engine does; the attempt is the last one that the engine began."""
     holder = read_holder(run_dir / LEASE)
     attempt = holder.attempt if holder else 0
+    cut_torn_line(run_dir / EVENTS)  # of a node that went down: behind it, another line would be damaged, too
     append_line(run_dir / EVENTS, {"step": None, "attempt": attempt, "time": time.time(), "event": event, **values})
 
 

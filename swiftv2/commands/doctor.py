@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from swiftv2.config.load import load
 from swiftv2.config.pretrain import PretrainConfig
-from swiftv2.terminal import add_command, add_json, answer, table, warn
+from swiftv2.terminal import add_command, add_json, answer, own_output, table, warn
 
 if TYPE_CHECKING:
     from swiftv2.recipes.doctor import Report
@@ -42,14 +42,13 @@ def _doctor(arguments: argparse.Namespace) -> int:
     config = load(PretrainConfig, arguments.config, arguments.overrides)
     from swiftv2.recipes.doctor import examine
 
-    output = sys.stdout
+    # Libraries print what they like, those in C too (NCCL): standard output belongs to the answer.
+    with own_output() as output:
 
-    def show(report: "Report") -> None:
-        with contextlib.redirect_stdout(output):
-            _tell(report, arguments.json)
+        def show(report: "Report") -> None:
+            with contextlib.redirect_stdout(output):
+                _tell(report, arguments.json)
 
-    # Libraries that are imported on the way print what they like: standard output belongs to the answer.
-    with contextlib.redirect_stdout(sys.stderr):
         outcome = examine(config, lambda name: warn(f"doctor: {name} ..."), show, quick=arguments.quick)
     status = 0 if outcome.ok else SICK
     if outcome.stuck:

@@ -24,7 +24,7 @@ from swiftv2.engine.lease import Lease, last_attempt
 from swiftv2.engine.loss import lost_each_other
 from swiftv2.errors import InterruptedRunError, SwiftError, UsageError
 from swiftv2.files import write_file
-from swiftv2.records import append_line, read_lines
+from swiftv2.records import append_line, cut_torn_line, read_lines
 
 CHANGEABLE = (
     "run.dir",
@@ -66,6 +66,8 @@ CHANGEABLE = (
 A cosine or a cooldown ends where `train.max_steps` says now. A store may move; the recipe checks that its content is the same.
 """
 
+_OF_THE_BODY = ("SWIFTV2_SUBMITTED", "SWIFTV2_SITE_FILE")
+"""Variables that `slurm/body.sh` sets for the run directory's script."""
 FOLDERS = ("checkpoints", "logs", "figures")
 PACKAGES = ("torch", "deepspeed", "zarr", "numpy", "safetensors", "mpi4py")
 
@@ -185,17 +187,6 @@ def _last_written_attempt(path: Path) -> int:
     return max((row["attempt"] for name in names for row in read_lines(path / name)), default=0)
 
 
-def cut_torn_line(path: Path) -> None:
-    """Cut off what a kill has left of a last line, so that the next one begins on its own."""
-    if not path.exists():
-        return
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole != len(data):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-
-
 def _compare(path: Path, config_text: str, changeable: Collection[str]) -> dict[str, tuple[Any, Any]]:
     if not path.exists():
         return {}
@@ -260,9 +251,10 @@ def _resume_script(world: World) -> str:
     """A shell script that starts the same command again in the same way; under a launcher of `slurm/`, by queueing that."""
     folder = f"cd {shlex.quote(str(Path.cwd()))} || exit 1\n"
     if os.environ.get("SWIFTV2_SUBMITTED"):
-        site = os.environ.get("SWIFTV2_SITE_FILE", "")
-        read = f". {shlex.quote(site)} || exit 1\n" if site else ""
-        return f"#!/bin/bash\n{folder}{read}exec {os.environ['SWIFTV2_SUBMITTED']}\n"
+        own = sorted(name for name in os.environ if name.startswith("SWIFTV2_") and name not in _OF_THE_BODY)
+        exports = "".join(f"export {name}={shlex.quote(os.environ[name])}\n" for name in own)
+        site = f". {shlex.quote(os.environ['SWIFTV2_SITE_FILE'])} || exit 1\n"
+        return f"#!/bin/bash\n{folder}{exports}{site}exec {os.environ['SWIFTV2_SUBMITTED']}\n"
     interpreter, rest = sys.executable, sys.orig_argv[1:]
     words = [interpreter, *rest]
     single = int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1

@@ -85,6 +85,13 @@ def test_an_error_that_the_run_wrote_down_is_for_a_person_even_where_a_rank_was_
     assert (verdict.again, "the store was changed" in verdict.reason) == (False, True)
 
 
+def test_a_failed_rank_is_heard_beside_those_that_lost_it(run: Path) -> None:
+    """srun gives the highest of all statuses: 75 of the others covers its 1."""
+    leave(run, "failed", error="SwiftError", problem="the store was changed")
+    leave(run, "lost", rank=0)
+    assert not judge_run(run, FIRST, 75, 0, MOST).again
+
+
 def test_a_rank_that_is_gone_is_no_error_of_the_run(run: Path) -> None:
     leave(run, "failed", error="InterruptedRunError", problem="rank 1 is gone")
     assert judge_run(run, FIRST, 137, 0, MOST).again
@@ -96,6 +103,23 @@ def test_the_script_of_a_lost_node_asks_for_nothing(run: Path) -> None:
     (run / LEASE).write_text(json.dumps(later.__dict__))
     verdict = judge_run(run, FIRST, 75, 0, MOST)
     assert (verdict.again, "has taken the run over" in verdict.reason) == (False, True)
+
+
+def test_a_second_job_is_refused_and_leaves_no_trace(run: Path) -> None:
+    living = Holder("elsewhere", 1, "", "117", 0, 1, "token", "now")
+    (run / LEASE).write_text(json.dumps(living.__dict__))
+    before = (run / EVENTS).read_bytes()
+    with pytest.raises(SwiftError, match="is being written by process 1 on elsewhere, Slurm job 117"):
+        begin(run, Attempt("118", 0, ""), MOST)
+    assert (run / EVENTS).read_bytes() == before
+    assert begin(run, Attempt("117", 1, ""), MOST) == 10, "its own next start takes over"
+
+
+def test_a_torn_line_of_a_node_that_went_down_spoils_nothing(run: Path) -> None:
+    with (run / EVENTS).open("a") as file:
+        file.write('{"step": nul')
+    begin(run, Attempt("117", 1, ""), MOST)
+    assert [row["event"] for row in read_lines(run / EVENTS)] == ["job", "start", "job"]
 
 
 def test_starts_without_a_newer_checkpoint_are_ended_after_some(run: Path) -> None:

@@ -214,14 +214,12 @@ def test_a_former_start_that_lives_on_has_found_out_before_its_successor_writes(
 
 
 def test_nothing_is_waited_for_where_the_former_start_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = (
+        "import os, sys; from pathlib import Path; from swiftv2.engine.lease import Lease;"
+        "Lease.acquire(Path(sys.argv[1]), 1); os._exit(9)"
+    )
     gone = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import os, sys; from pathlib import Path; from swiftv2.engine.lease import Lease;"
-            "Lease.acquire(Path(sys.argv[1]), 1); os._exit(9)",
-            str(tmp_path),
-        ],
+        [sys.executable, "-c", script, str(tmp_path)],
         env=os.environ
         | {"SLURM_JOB_ID": "117", "SLURM_RESTART_COUNT": "0", "PYTHONPATH": str(Path(lease.__file__).parents[2])},
         check=False,

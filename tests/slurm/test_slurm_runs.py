@@ -130,9 +130,21 @@ def test_a_run_is_started_again_at_most_so_often(cluster: Cluster, real_store: P
     assert "as often as is allowed" in cluster.output(run.job)
     # What starts it once more stands in its folder.
     script = run.run / "resume.sh"
-    again = cluster.run("bash", script, env=environment() | {"SWIFTV2_MOST_REQUEUES": "0"}, folder=tmp_path)
+    again = cluster.run("bash", script, folder=tmp_path)
     run.job = again.stdout.split()[-1]
     run.goes_on(5)
+
+
+def test_a_run_whose_warning_was_not_heard_goes_on_behind_its_limit(cluster: Cluster, real_store: Path, tmp_path: Path) -> None:
+    """All that comes is Slurm's TERM at the limit."""
+    run = Launched(cluster, tmp_path / "run")
+    run.submit(real_store, *SAVES, "train.max_steps=100000", options=(*ONE_NODE, "--signal=CONT@1"))
+    run.goes_on(8)
+    cluster.end_in(run.job, 1)
+    cluster.wait(run.job, "PENDING", 90, restarts=1)
+    assert [row["signal"] for row in run.events("stopped")] == ["SIGTERM"]
+    assert len(run.events("requeued")) == 1
+    cluster.cancel(run.job)
 
 
 def test_a_wrong_word_ends_the_job_before_its_ranks(cluster: Cluster, real_store: Path, tmp_path: Path) -> None:
