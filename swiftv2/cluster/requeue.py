@@ -98,7 +98,7 @@ def judge_run(run_dir: Path, attempt: Attempt, status: int, mark: int, most: int
         most: starts after the first that are allowed.
         cancelled: whether the job itself was told to end: whoever did that decides about another start.
     """
-    verdict = _judge(run_dir, attempt, status, mark, run_mark(run_dir), most, cancelled=cancelled)
+    verdict = _judge(run_dir, attempt, status, mark, most, cancelled=cancelled)
     if verdict.again:
         _note(run_dir, "requeued", job=attempt.job, restart=attempt.restart, reason=verdict.reason, status=status)
     return verdict
@@ -131,10 +131,11 @@ def judge_store(store: Path, attempt: Attempt, status: int, mark: int, most: int
     """What is to be done with a job that builds a store; arguments as for a run."""
     if status not in {0, AGAIN} and status <= KILLED:
         return Verdict(status, f"failed with status {status}")
-    return _again(store, attempt, status, (mark, store_mark(store)), most, "finished run", cancelled=cancelled)
+    further = f"{now} runs after {mark}" if (now := store_mark(store)) > mark else None
+    return _again(store, attempt, status, further, most, "run was finished", cancelled=cancelled)
 
 
-def _judge(run_dir: Path, attempt: Attempt, status: int, mark: int, now: int, most: int, *, cancelled: bool) -> Verdict:
+def _judge(run_dir: Path, attempt: Attempt, status: int, mark: int, most: int, *, cancelled: bool) -> Verdict:
     holder = read_holder(run_dir / LEASE)
     if holder is not None and holder.job == attempt.job and holder.restart > attempt.restart:
         # This script belongs to a node that Slurm has given up and that lives on.
@@ -148,24 +149,22 @@ def _judge(run_dir: Path, attempt: Attempt, status: int, mark: int, now: int, mo
     if problem is not None:
         # The highest status of all ranks says less: others end with 75 where one has failed.
         return Verdict(1, f"failed: {problem}; a person must look")
-    return _again(run_dir, attempt, status, (mark, now), most, "checkpoint", cancelled=cancelled)
+    further = f"checkpoint {step} after {mark}" if (step := _saved_since(run_dir, mark)) is not None else None
+    return _again(run_dir, attempt, status, further, most, "checkpoint was made", cancelled=cancelled)
 
 
-def _again(
-    path: Path, attempt: Attempt, status: int, marks: tuple[int, int], most: int, unit: str, *, cancelled: bool
-) -> Verdict:
+def _again(path: Path, attempt: Attempt, status: int, further: str | None, most: int, unit: str, *, cancelled: bool) -> Verdict:
     """Of a job that did not fail by itself: whether another start would come further."""
-    before, now = marks
     if status == 0:
         return Verdict(0, f"{path} is done")
     if cancelled:
         return Verdict(1, "not requeued: the job was told to end; given again, it goes on")
-    if now <= before:
-        reason = f"no {unit} is newer than when the job began, so another start would come no further"
+    if further is None:
+        reason = f"no {unit} since the job began, so another start would come no further"
         return Verdict(1, f"not requeued after status {status}: {reason}: {_look(path)}")
     if attempt.restart >= most:
         return Verdict(1, f"not requeued: it was {attempt.restart} times, as often as is allowed; given again, it goes on")
-    return Verdict(AGAIN, f"stopped with status {status}, {unit} {now} after {before}")
+    return Verdict(AGAIN, f"stopped with status {status}, {further}")
 
 
 def _problem(run_dir: Path) -> str | None:
@@ -185,11 +184,26 @@ def _is_finished(run_dir: Path) -> bool:
     return bool(ends) and ends[-1] == "finished"
 
 
+def _saved_since(run_dir: Path, mark: int) -> int | None:
+    """Step of the last checkpoint that the job's last start has made, None where it made none.
+
+    Not the newest step decides: a run that went back to an older checkpoint, because a newer one was damaged or its numbers
+    went wrong, comes further from there.
+    """
+    for row in reversed(read_lines(run_dir / EVENTS)):
+        if row["event"] == "job":
+            return None
+        if row["event"] == "saved" and row["step"] not in {0, mark}:
+            return int(row["step"])
+    return None
+
+
 def _idle_starts(run_dir: Path, job: str, mark: int) -> int:
     """Starts of a job, with this one, since the last that this project asked for, from the same checkpoint on."""
     count = 1
     for row in reversed(read_lines(run_dir / EVENTS)):
-        if row["event"] == "requeued" or (row["event"] == "job" and (row["job"] != job or row["checkpoint"] != mark)):
+        made = row["event"] == "saved" and row["step"] not in {0, mark}
+        if made or row["event"] == "requeued" or (row["event"] == "job" and (row["job"] != job or row["checkpoint"] != mark)):
             break
         count += row["event"] == "job"
     return count

@@ -23,6 +23,7 @@ def save(run: Path, step: int) -> None:
     folder = run / "checkpoints" / f"step_{step}"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("{}")
+    append_line(run / EVENTS, {"step": step, "attempt": 1, "time": time.time(), "event": "saved", "kind": "ephemeral"})
 
 
 @pytest.fixture
@@ -49,8 +50,8 @@ def test_a_run_that_was_stopped_and_came_further_is_started_again(run: Path, sta
 @pytest.mark.parametrize(
     ("status", "mark", "options", "said"),
     [
-        (75, 10, {}, "no checkpoint is newer"),
-        (137, 10, {}, "no checkpoint is newer"),
+        (75, 10, {}, "no checkpoint was made since"),
+        (137, 10, {}, "no checkpoint was made since"),
         (75, 0, {"cancelled": True}, "told to end"),
         (1, 0, {}, "a person must look"),
         (2, 0, {}, "a person must look"),
@@ -63,6 +64,13 @@ def test_others_are_not(run: Path, status: int, mark: int, options: dict[str, bo
     assert verdict.status in {1, 2}
     assert said in verdict.reason
     assert read_lines(run / EVENTS) == before
+
+
+def test_a_run_that_went_back_comes_further_from_there(run: Path) -> None:
+    save(run, 100)
+    begin(run, Attempt("117", 1, ""), MOST)
+    save(run, 60)
+    assert judge_run(run, Attempt("117", 1, ""), 75, 100, MOST).again
 
 
 def test_a_finished_run_is_done(run: Path) -> None:
@@ -119,7 +127,7 @@ def test_a_torn_line_of_a_node_that_went_down_spoils_nothing(run: Path) -> None:
     with (run / EVENTS).open("a") as file:
         file.write('{"step": nul')
     begin(run, Attempt("117", 1, ""), MOST)
-    assert [row["event"] for row in read_lines(run / EVENTS)] == ["job", "start", "job"]
+    assert [row["event"] for row in read_lines(run / EVENTS)] == ["job", "start", "saved", "saved", "job"]
 
 
 def test_starts_without_a_newer_checkpoint_are_ended_after_some(run: Path) -> None:
@@ -155,7 +163,7 @@ def test_a_build_goes_on_where_runs_were_added(tmp_path: Path) -> None:
     store = tmp_path / "cohort.zarr"
     assert (store_mark(store), store_mark(tmp_path / "new.zarr")) == (1, 0)
     assert judge_store(store, FIRST, 75, 0, MOST).again
-    assert "no finished run is newer" in judge_store(store, FIRST, 75, 1, MOST).reason
+    assert "no run was finished since" in judge_store(store, FIRST, 75, 1, MOST).reason
     assert judge_store(store, FIRST, 0, 0, MOST).status == 0
     assert judge_store(store, FIRST, 1, 0, MOST).status == 1
 

@@ -114,7 +114,7 @@ def test_a_run_that_comes_no_further_is_not_started_again(cluster: Cluster, real
     run.until(lambda: run.step() > 5, 90)
     os.kill(run.ranks()[0], signal.SIGKILL)
     cluster.wait(run.job, "FAILED", 60)
-    assert "no checkpoint is newer than when the job began" in cluster.output(run.job)
+    assert "no checkpoint was made since the job began" in cluster.output(run.job)
     assert newest_step(run.run) == 0
 
 
