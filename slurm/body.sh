@@ -3,6 +3,7 @@
 #
 # Checks on the batch host what can be checked, starts the ranks, waits, and starts the job again under its own id where
 # `swiftv2 job` says that this helps. docs/slurm.md explains; what a centre differs in stands in slurm/sites/.
+# Without `nounset`: before bash 4.4 it takes an empty array for an error.
 set -o pipefail
 
 say() { echo "swiftv2: $(date '+%F %T') $*" >&2; }
@@ -31,7 +32,7 @@ know_job() {
     # of an array's last element is the whole array's, too.
     record=$(patiently scontrol show job --oneliner "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID ")
     [ -n "$record" ] || fail "Slurm does not tell of job $SLURM_JOB_ID"
-    unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID SLURM_JOB_END_TIME
+    unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID SLURM_JOB_END_TIME MASTER_ADDR MASTER_PORT
     job=$SLURM_JOB_ID
     if [ -n "$(field "$record" ArrayTaskId)" ]; then
         SLURM_ARRAY_JOB_ID=$(field "$record" ArrayJobId)
@@ -41,11 +42,13 @@ know_job() {
     fi
     restart=$(field "$record" Restarts)
     export SLURM_RESTART_COUNT=$restart
-    end=$(SLURM_TIME_FORMAT=%s timeout 60 squeue --noheader --jobs "$job" --format %e)
-    case $end in
-    *[!0-9]* | '') say "the end of job $job is not known: ranks stop by Slurm's signal alone" ;;
-    *) export SLURM_JOB_END_TIME=$end ;;
-    esac
+    local end
+    end=$(date -d "$(field "$record" EndTime)" +%s 2>/dev/null)
+    if [ -n "$end" ]; then
+        export SLURM_JOB_END_TIME=$end
+    else
+        say "the end of job $job is not known: ranks stop by Slurm's signal alone"
+    fi
 }
 
 read_site() {
@@ -100,9 +103,11 @@ know_environment() {
         export PYTHONPATH=${SWIFTV2_NODE_LOCAL:-/tmp}/swiftv2-$SLURM_JOB_ID/$SLURMD_NODENAME/packages${PYTHONPATH:+:$PYTHONPATH}
     fi
     local lacks
-    lacks=$("${inside[@]}" "$python" -c 'import importlib.util, swiftv2.cli
-print(*(name for name in ("torch", "deepspeed", "zarr") if importlib.util.find_spec(name) is None))' 2>&1 | tail -n 1)
-    [ -z "$lacks" ] || fail "$python lacks packages of swiftv2 ($lacks): install them there, or name another one as SWIFTV2_PYTHON"
+    lacks=$("${inside[@]}" "$python" -c '
+import importlib.util
+lacking = [name for name in ("torch", "deepspeed", "zarr", "pydantic", "yaml", "swiftv2") if importlib.util.find_spec(name) is None]
+print("lacking:", *lacking or ["nothing"])' | sed -n 's/^lacking: //p')
+    [ "$lacks" = nothing ] || fail "$python lacks packages of swiftv2 ($lacks): install them there, or name another as SWIFTV2_PYTHON"
     if [ -n "${SWIFTV2_NCCL_PLUGIN:-}" ]; then
         "${inside[@]}" "$python" -c "import ctypes; ctypes.CDLL('$SWIFTV2_NCCL_PLUGIN')" 2>/dev/null ||
             fail "$SWIFTV2_NCCL_PLUGIN cannot be loaded, and NCCL would fall back to TCP: load its module, or mend $site"
@@ -115,9 +120,11 @@ swiftv2() { "${inside[@]}" "$python" -m swiftv2 "$@"; }
 find_meeting() {
     local first
     first=$(patiently scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    if [ -z "${MASTER_ADDR:-}" ] && ! getent hosts "$first" >/dev/null; then
+    if [ -n "${SWIFTV2_MASTER_ADDR:-}" ]; then
+        export MASTER_ADDR=$SWIFTV2_MASTER_ADDR
+    elif ! getent hosts "$first" >/dev/null; then
         MASTER_ADDR=$(field "$(patiently scontrol show node --oneliner "$first")" NodeAddr)
-        [ -n "$MASTER_ADDR" ] || fail "the first node, $first, has no address that this one knows: export MASTER_ADDR"
+        [ -n "$MASTER_ADDR" ] || fail "the first node, $first, has no address that this one knows: export SWIFTV2_MASTER_ADDR"
         export MASTER_ADDR
     fi
 }
@@ -127,10 +134,10 @@ note_submission() { # with the words that `sbatch` was given
     local script name value options=()
     script=$(timeout 60 scontrol show job "$job" | sed -n 's/^ *Command=//p')
     [ "$script" = "${script%%.sh *}" ] || script=${script%%.sh *}.sh
-    for name in account:Account qos:QOS partition:Partition constraint:Features time:TimeLimit job-name:JobName \
-        gpus-per-node:TresPerNode; do
+    # Who pays and which queue come from the site file and the shell: records may hold names that a centre made of those.
+    for name in constraint:Features time:TimeLimit job-name:JobName gpus-per-node:TresPerNode; do
         value=$(field "$record" "${name#*:}")
-        value=${value#gres:gpu:}
+        value=${value#gres[:/]gpu:}
         [ -z "$value" ] || options+=("--${name%:*}=$value")
     done
     options+=("--nodes=$SLURM_NNODES" "--ntasks-per-node=${SLURM_NTASKS_PER_NODE:-1}" "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}")
@@ -142,7 +149,13 @@ note_submission() { # with the words that `sbatch` was given
 requeue() { # with the hosts to leave out, or nothing
     # Slurm ends this script while it requeues the job; the second command must still be given.
     trap '' TERM
-    patiently scontrol requeue "$job" || fail "job $job cannot be requeued: the run's resume.sh queues it again"
+    local try
+    for try in {1..27}; do
+        stay # An answer may be lost of a requeue that was done.
+        timeout 60 scontrol requeue "$job" && break
+        [ "$try" -lt 27 ] || fail "job $job cannot be requeued: the run's resume.sh queues it again"
+        sleep 20
+    done
     if [ -n "$1" ]; then
         local before
         before=$(field "$record" ExcNodeList)
@@ -159,10 +172,10 @@ stay() {
     if [ "$(field "$now" Restarts)" != "$restart" ] || [ "$(field "$now" BatchHost)" != "$SLURMD_NODENAME" ]; then
         fail "job $job has been given another start: nothing more is done here"
     fi
-    case $(field "$now" JobState) in
-    RUNNING) ;;
-    TIMEOUT | COMPLETING) [ -n "$over" ] || [ ${#cancelled[@]} -gt 0 ] || fail "job $job is over for Slurm: nothing more is done here" ;;
-    *) [ ${#cancelled[@]} -gt 0 ] || fail "job $job is no longer running for Slurm: nothing more is done here" ;;
+    # Behind its time limit a job goes on; cancelled, preempted or requeued, its next start is not ours to ask for.
+    case $(field "$now" JobState):$(field "$now" Reason) in
+    RUNNING:* | TIMEOUT:TimeLimit | COMPLETING:TimeLimit) ;;
+    *) fail "job $job was told to end, so it is not requeued; given again, the run goes on" ;;
     esac
 }
 
@@ -182,7 +195,7 @@ judge() { # with the status, and further words for `job end`
 see_doctor() {
     local report=$target/logs/doctor-$job-$restart.json depth=() status
     [ "$1" = full ] || depth=(--quick)
-    "${step[@]}" "${inside[@]}" bash "$root/slurm/rank.sh" "$python" -m swiftv2 doctor "${depth[@]}" --json "${command[@]:1}" >"$report"
+    "${step[@]}" --time=30 "${inside[@]}" bash "$root/slurm/rank.sh" "$python" -m swiftv2 doctor "${depth[@]}" --json "${command[@]:1}" >"$report"
     status=$?
     [ "$status" -eq 0 ] || judge "$status" --doctor "$report"
 }
@@ -192,27 +205,24 @@ train() {
     local ranks=$! status
     trap 'kill -USR1 "$ranks"' USR1
     trap 'kill -USR2 "$ranks"' USR2
-    # Slurm itself has sent it to the ranks: the job is cancelled, preempted or requeued, and its next start not ours to ask for.
-    # At the time limit it comes, too: there a run goes on, as after a signal that was heeded in time.
-    trap 'if is_late; then over=1; else cancelled=(--cancelled); fi' TERM
+    # Slurm sends it to the ranks as well; what it means, the job's record tells when they have ended.
+    trap : TERM
     # A trapped signal ends `wait`: only when the ranks have ended it gives their status.
     while wait "$ranks"; status=$?; [ "$status" -gt 128 ] && kill -0 "$ranks" 2>/dev/null; do :; done
-    trap - USR1 USR2
+    trap : USR1 USR2
+    # They may have ended between the two.
+    local again
+    wait "$ranks"
+    again=$?
+    [ "$again" -eq 127 ] || status=$again
     say "ranks ended with status $status"
-    judge "$status" "${cancelled[@]}"
-}
-
-# For a trap: whether the job's end has come, which may have been moved since it began.
-# shellcheck disable=SC2317
-is_late() {
-    local limit
-    limit=$(SLURM_TIME_FORMAT=%s timeout 5 squeue --noheader --states all --jobs "$job" --format %e)
-    case $limit in *[!0-9]* | '') limit=${SLURM_JOB_END_TIME:-9999999999} ;; esac
-    [ "$(date +%s)" -ge "$limit" ]
+    judge "$status"
 }
 
 main() {
-    verb=$1 over='' cancelled=()
+    verb=$1
+    # For the ranks, should they come before or after these: the script goes on.
+    trap : USR1 USR2
     know_job
     read_site
     know_environment
@@ -231,6 +241,7 @@ main() {
     answer=$(swiftv2 job begin --most "$most" "${words[@]}") || exit $?
     mapfile -t lines <<<"$answer"
     target=${lines[0]} mark=${lines[1]} command=("${lines[@]:2}")
+    case $mark in *[!0-9]* | '') fail "\`swiftv2 job begin\` said what it should not: ${lines[0]}" ;; esac
     note_submission "${given[@]}"
     say "job $job, start $((restart + 1)), $SLURM_NNODES nodes ($SLURM_JOB_NODELIST), site $site: $target from $mark"
     local doctor=${SWIFTV2_DOCTOR:-quick}

@@ -12,6 +12,7 @@ from swiftv2.errors import SwiftError
 from swiftv2.files import read_json
 
 EVENTS, METRICS, LEASE = "events.jsonl", "metrics.jsonl", "lease.json"
+FOLDERS = ("checkpoints", "logs", "figures")
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,16 @@ def cut_torn_line(path: Path) -> None:
     if whole != len(data):
         with path.open("r+b") as file:
             file.truncate(whole)
+
+
+def only_ours(path: Path) -> bool:
+    """Whether a folder without configuration holds only what an earlier start left before it wrote one."""
+    return {p.name for p in path.iterdir() if not p.name.startswith(".lease")} <= {*FOLDERS, "lease.json", "events.jsonl"}
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a folder holds other things than a run: nothing of a run may be put there."""
+    return path.is_dir() and any(path.iterdir()) and not (path / "config.yaml").exists() and not only_ours(path)
 
 
 def newest_step(run_dir: Path) -> int | None:

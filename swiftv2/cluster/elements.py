@@ -212,4 +212,6 @@ def _complaint(log: Path) -> str | None:
         return None
     said = [match for line in lines if (match := _SAID.match(line))]
     complaints = [match for match in said if match["stamp"] is None and not match["text"].startswith(_VERDICT)]
-    return next((match["text"] for match in reversed(complaints or said)), None)
+    # What the launcher says at a start tells nothing of an end.
+    others = [match for match in said if not match["text"].startswith("job ")]
+    return next((match["text"] for match in reversed(complaints or others)), None)

@@ -9,7 +9,7 @@ from swiftv2.cluster.standing import holds
 from swiftv2.cluster.traces import read_traces
 from swiftv2.errors import SwiftError
 from swiftv2.files import read_json
-from swiftv2.records import EVENTS, LEASE, append_line, cut_torn_line, newest_step, read_holder, read_lines
+from swiftv2.records import EVENTS, LEASE, append_line, cut_torn_line, is_foreign, newest_step, read_holder, read_lines
 
 AGAIN = 75
 KILLED = 128
@@ -18,6 +18,8 @@ IDLE_STARTS = 3
 """Starts in a row of one job, by others than this project, that may come to no newer checkpoint."""
 NO_FAULT = ("InterruptedRunError", "KeyboardInterrupt")
 """Errors of `failed` events that the same command mends."""
+BROKEN_CHECKUPS = 2
+"""Checkups in a row that may be ended from outside, by a signal or a lost rank, before a person must look."""
 _STORE_STAGING = ".build"
 
 
@@ -66,8 +68,11 @@ def begin(run_dir: Path, attempt: Attempt, most: int) -> int:
         most: starts after the first that are allowed.
 
     Raises:
-        SwiftError: another job writes there, or this one was started too often, or again and again without a newer checkpoint.
+        SwiftError: the folder holds other things, another job writes there, or this one was started too often, or again and
+            again without a checkpoint of its own.
     """
+    if is_foreign(run_dir):
+        raise SwiftError(f"{run_dir} is not empty and no run directory: give another run.dir")
     mark = run_mark(run_dir)
     holder = read_holder(run_dir / LEASE)
     if holder is not None and holder.job != attempt.job and holds(read_traces(run_dir), time.time()):
@@ -87,7 +92,7 @@ def begin(run_dir: Path, attempt: Attempt, most: int) -> int:
     return mark
 
 
-def judge_run(run_dir: Path, attempt: Attempt, status: int, mark: int, most: int, *, cancelled: bool = False) -> Verdict:
+def judge_run(run_dir: Path, attempt: Attempt, status: int, mark: int, most: int) -> Verdict:
     """What is to be done with a job on a run.
 
     Args:
@@ -96,9 +101,8 @@ def judge_run(run_dir: Path, attempt: Attempt, status: int, mark: int, most: int
         status: of the ranks, as `srun` gives it.
         mark: how far the run was when it began.
         most: starts after the first that are allowed.
-        cancelled: whether the job itself was told to end: whoever did that decides about another start.
     """
-    verdict = _judge(run_dir, attempt, status, mark, most, cancelled=cancelled)
+    verdict = _judge(run_dir, attempt, status, mark, most)
     if verdict.again:
         _note(run_dir, "requeued", job=attempt.job, restart=attempt.restart, reason=verdict.reason, status=status)
     return verdict
@@ -115,7 +119,10 @@ def judge_checkup(run_dir: Path, attempt: Attempt, status: int, report: Path, mo
         most: starts after the first that are allowed.
     """
     hosts, problem = _sick(report)
-    if not hosts:
+    if not hosts and status > KILLED and attempt.restart < most and _broken_checkups(run_dir) < BROKEN_CHECKUPS:
+        verdict = Verdict(AGAIN, f"doctor was ended with status {status}: {problem}")
+        _note(run_dir, "requeued", job=attempt.job, restart=attempt.restart, reason=verdict.reason, status=status, checkup=True)
+    elif not hosts:
         verdict = Verdict(status if 0 < status <= KILLED else 1, problem)
     elif attempt.restart >= most:
         verdict = Verdict(1, f"{', '.join(hosts)} sick, and the job was requeued {attempt.restart} times already: {problem}")
@@ -127,15 +134,17 @@ def judge_checkup(run_dir: Path, attempt: Attempt, status: int, report: Path, mo
     return verdict
 
 
-def judge_store(store: Path, attempt: Attempt, status: int, mark: int, most: int, *, cancelled: bool = False) -> Verdict:
+def judge_store(store: Path, attempt: Attempt, status: int, mark: int, most: int) -> Verdict:
     """What is to be done with a job that builds a store; arguments as for a run."""
+    if status == 0 and (store / _STORE_STAGING).exists():
+        status = KILLED + 1  # What `srun` says where it has lost a node.
     if status not in {0, AGAIN} and status <= KILLED:
         return Verdict(status, f"failed with status {status}")
     further = f"{now} runs after {mark}" if (now := store_mark(store)) > mark else None
-    return _again(store, attempt, status, further, most, "run was finished", cancelled=cancelled)
+    return _again(store, attempt, status, further, most, "run was finished")
 
 
-def _judge(run_dir: Path, attempt: Attempt, status: int, mark: int, most: int, *, cancelled: bool) -> Verdict:
+def _judge(run_dir: Path, attempt: Attempt, status: int, mark: int, most: int) -> Verdict:
     holder = read_holder(run_dir / LEASE)
     if holder is not None and holder.job == attempt.job and holder.restart > attempt.restart:
         # This script belongs to a node that Slurm has given up and that lives on.
@@ -150,15 +159,13 @@ def _judge(run_dir: Path, attempt: Attempt, status: int, mark: int, most: int, *
         # The highest status of all ranks says less: others end with 75 where one has failed.
         return Verdict(1, f"failed: {problem}; a person must look")
     further = f"checkpoint {step} after {mark}" if (step := _saved_since(run_dir, mark)) is not None else None
-    return _again(run_dir, attempt, status, further, most, "checkpoint was made", cancelled=cancelled)
+    return _again(run_dir, attempt, status, further, most, "checkpoint was made")
 
 
-def _again(path: Path, attempt: Attempt, status: int, further: str | None, most: int, unit: str, *, cancelled: bool) -> Verdict:
+def _again(path: Path, attempt: Attempt, status: int, further: str | None, most: int, unit: str) -> Verdict:
     """Of a job that did not fail by itself: whether another start would come further."""
     if status == 0:
         return Verdict(0, f"{path} is done")
-    if cancelled:
-        return Verdict(1, "not requeued: the job was told to end; given again, it goes on")
     if further is None:
         reason = f"no {unit} since the job began, so another start would come no further"
         return Verdict(1, f"not requeued after status {status}: {reason}: {_look(path)}")
@@ -218,6 +225,16 @@ def _sick(report: Path) -> tuple[tuple[str, ...], str]:
     checks: Sequence[dict[str, Any]] = told.get("checks", [])
     found = "; ".join(f"{check['name']}: {check['what']}" for check in checks if check["verdict"] == "sick")
     return tuple(told.get("sick_hosts", [])), " ".join(found.split()) or "doctor names no reason"
+
+
+def _broken_checkups(run_dir: Path) -> int:
+    """Checkups in a row, up to now, that were ended from outside."""
+    count = 0
+    for row in reversed(read_lines(run_dir / EVENTS)):
+        if row["event"] == "start":
+            break
+        count += row["event"] == "requeued" and bool(row.get("checkup"))
+    return count
 
 
 def _look(path: Path) -> str:

@@ -64,7 +64,7 @@ def ask(*words: str, environment: Mapping[str, str] | None = None) -> str:
             text=True,
             timeout=PATIENCE_SECONDS,
             check=False,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, "SLURM_TIME_FORMAT": "standard", **(environment or {})},
         )
     except subprocess.TimeoutExpired as error:
         raise SwiftError(f"{words[0]} has not answered for {PATIENCE_SECONDS:g} s: is Slurm's controller up?") from error

@@ -37,7 +37,6 @@ def add(verbs: Any) -> None:
     parser.add_argument("target", type=Path, help="the folder that `job begin` has printed")
     parser.add_argument("--status", type=int, required=True, help="of the ranks, as srun gives it")
     parser.add_argument("--mark", type=int, required=True, help="how far it was, as `job begin` has printed it")
-    parser.add_argument("--cancelled", action="store_true", help="the job was told to end: whoever did so starts it again")
     parser.add_argument("--doctor", type=Path, metavar="FILE", help="what `doctor --json` has printed, where that failed")
 
 
@@ -80,7 +79,7 @@ def _end(arguments: argparse.Namespace) -> int:
         verdict = requeue.judge_checkup(target, attempt, arguments.status, arguments.doctor, arguments.most)
     else:
         judge = requeue.judge_store if arguments.verb == "store" else requeue.judge_run
-        verdict = judge(target, attempt, arguments.status, arguments.mark, arguments.most, cancelled=arguments.cancelled)
+        verdict = judge(target, attempt, arguments.status, arguments.mark, arguments.most)
     warn(f"{'requeued: ' if verdict.again else ''}{verdict.reason}")
     if verdict.exclude:
         say(",".join(verdict.exclude))

@@ -15,11 +15,11 @@ from swiftv2.engine.checkpoint import TrainerState, commit, list_checkpoints
 from swiftv2.engine.foreign import ForeignState, find_source
 from swiftv2.engine.launch import World
 from swiftv2.engine.lease import Lease, last_attempt
-from swiftv2.engine.rundir import RunDirectory, only_ours
+from swiftv2.engine.rundir import RunDirectory
 from swiftv2.engine.shards import Written, shard_name, write_shard
 from swiftv2.errors import SwiftError, UsageError
 from swiftv2.files import write_file
-from swiftv2.records import cut_torn_line, read_lines
+from swiftv2.records import cut_torn_line, only_ours, read_lines
 
 
 class Adopted(NamedTuple):

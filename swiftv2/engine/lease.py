@@ -19,7 +19,7 @@ from swiftv2.records import Holder, process_start, read_holder
 
 HEARTBEAT_SECONDS = 15.0
 STALE_SECONDS = 120.0
-FENCE_SECONDS = HEARTBEAT_SECONDS + 5.0
+FENCE_SECONDS = HEARTBEAT_SECONDS + 25.0
 """How long a holder that lives on may take to find out that it has lost its lease, and to stop."""
 
 
@@ -47,8 +47,8 @@ class Lease:
 
         It is free where nobody holds it, the holder released it, the holder's process is gone (same host), the holder is
         the same Slurm job before it was requeued, or its heartbeat is older than `stale_seconds` by the file system's clock.
-        Slurm requeues a job, too, when it has lost sight of a node whose processes live on: where the heart of the job's
-        former start beat a moment ago, that one is given the time to find out before anything is written.
+        Slurm requeues a job, too, when it has lost sight of a node whose processes live on: the job's former start, where it is
+        not known to be gone, is given the time to find out before anything is written.
 
         Raises:
             SwiftError: a living process holds it; the message names it.
@@ -73,7 +73,7 @@ class Lease:
                         f"{run_dir} is being written by {former}, last heartbeat {max(age, 0):.0f} s ago: stop that one "
                         "first, or wait until it has ended"
                     )
-                fenced = may_live_on(former, mine, age, 2 * heartbeat_seconds)
+                fenced = may_live_on(former, mine)
                 _retire(path, former)
             # A hard link fails where another newcomer was faster; a rename would overwrite it.
             with contextlib.suppress(FileExistsError):
@@ -154,10 +154,12 @@ def is_alive(former: Holder, mine: Holder, age: float, stale_seconds: float) -> 
     return not _is_gone(former, mine) and age < stale_seconds
 
 
-def may_live_on(former: Holder, mine: Holder, age: float, silent_seconds: float) -> bool:
-    """Whether the former start of the same Slurm job, whose place this one takes, may still be writing."""
-    unseen = not former.released and not _is_gone(former, mine)
-    return unseen and _same_job_before(former, mine) and age < silent_seconds
+def may_live_on(former: Holder, mine: Holder) -> bool:
+    """Whether the former start of the same Slurm job, whose place this one takes, may still be writing.
+
+    A silent heart tells nothing: the file system may have been away for both.
+    """
+    return not former.released and not _is_gone(former, mine) and _same_job_before(former, mine)
 
 
 def _same_job_before(former: Holder, mine: Holder) -> bool:

@@ -24,7 +24,7 @@ from swiftv2.engine.lease import Lease, last_attempt
 from swiftv2.engine.loss import lost_each_other
 from swiftv2.errors import InterruptedRunError, SwiftError, UsageError
 from swiftv2.files import write_file
-from swiftv2.records import append_line, cut_torn_line, read_lines
+from swiftv2.records import FOLDERS, append_line, cut_torn_line, is_foreign, read_lines
 
 CHANGEABLE = (
     "run.dir",
@@ -68,7 +68,6 @@ A cosine or a cooldown ends where `train.max_steps` says now. A store may move; 
 
 _OF_THE_BODY = ("SWIFTV2_SUBMITTED", "SWIFTV2_SITE_FILE")
 """Variables that `slurm/body.sh` sets for the run directory's script."""
-FOLDERS = ("checkpoints", "logs", "figures")
 PACKAGES = ("torch", "deepspeed", "zarr", "numpy", "safetensors", "mpi4py")
 
 
@@ -99,7 +98,7 @@ class RunDirectory:
 
         def prepare() -> int:
             nonlocal lease
-            if path.is_dir() and any(path.iterdir()) and not (path / "config.yaml").exists() and not only_ours(path):
+            if is_foreign(path):
                 raise SwiftError(f"{path} is not empty and no run directory: give another run.dir")
             try:
                 for name in FOLDERS:
@@ -175,11 +174,6 @@ class RunDirectory:
         if self.taken is not None:
             raise SwiftError(f"{self.taken}: this process ends without writing")
         append_line(self.path / name, line)
-
-
-def only_ours(path: Path) -> bool:
-    """Whether a folder without configuration holds only what an earlier start left before it wrote one."""
-    return {p.name for p in path.iterdir() if not p.name.startswith(".lease")} <= {*FOLDERS, "lease.json", "events.jsonl"}
 
 
 def _last_written_attempt(path: Path) -> int:

@@ -48,18 +48,17 @@ def test_a_run_that_was_stopped_and_came_further_is_started_again(run: Path, sta
 
 
 @pytest.mark.parametrize(
-    ("status", "mark", "options", "said"),
+    ("status", "mark", "said"),
     [
-        (75, 10, {}, "no checkpoint was made since"),
-        (137, 10, {}, "no checkpoint was made since"),
-        (75, 0, {"cancelled": True}, "told to end"),
-        (1, 0, {}, "a person must look"),
-        (2, 0, {}, "a person must look"),
+        (75, 10, "no checkpoint was made since"),
+        (137, 10, "no checkpoint was made since"),
+        (1, 0, "a person must look"),
+        (2, 0, "a person must look"),
     ],
 )
-def test_others_are_not(run: Path, status: int, mark: int, options: dict[str, bool], said: str) -> None:
+def test_others_are_not(run: Path, status: int, mark: int, said: str) -> None:
     before = read_lines(run / EVENTS)
-    verdict = judge_run(run, FIRST, status, mark, MOST, **options)
+    verdict = judge_run(run, FIRST, status, mark, MOST)
     assert not verdict.again
     assert verdict.status in {1, 2}
     assert said in verdict.reason
@@ -153,7 +152,10 @@ def test_sick_hosts_are_left_out(run: Path, tmp_path: Path) -> None:
     verdict = judge_checkup(run, FIRST, 1, report, MOST)
     assert (verdict.status, "store: rank 2" in verdict.reason) == (1, True)
     report.write_text("")
-    assert "without a report" in judge_checkup(run, FIRST, 137, report, MOST).reason
+    for again in (True, True, False):
+        verdict = judge_checkup(run, FIRST, 137, report, MOST)
+        assert "without a report" in verdict.reason
+        assert verdict.again == again
 
 
 def test_a_build_goes_on_where_runs_were_added(tmp_path: Path) -> None:
@@ -164,7 +166,8 @@ def test_a_build_goes_on_where_runs_were_added(tmp_path: Path) -> None:
     assert (store_mark(store), store_mark(tmp_path / "new.zarr")) == (1, 0)
     assert judge_store(store, FIRST, 75, 0, MOST).again
     assert "no run was finished since" in judge_store(store, FIRST, 75, 1, MOST).reason
-    assert judge_store(store, FIRST, 0, 0, MOST).status == 0
+    assert judge_store(store, FIRST, 0, 0, MOST).again, "what srun says where it has lost a node"
+    assert judge_store(tmp_path / "done.zarr", FIRST, 0, 0, MOST).status == 0
     assert judge_store(store, FIRST, 1, 0, MOST).status == 1
 
 
