@@ -147,19 +147,20 @@ note_submission() { # with the words that `sbatch` was given
 }
 
 requeue() { # with the hosts to leave out, or nothing
-    # Slurm ends this script while it requeues the job; the second command must still be given.
+    # Slurm ends this script while it requeues the job; the second command must still be given. What is ignored here is
+    # ignored by scontrol, too, but not by `timeout`, which would end it: these two have their own patience.
     trap '' TERM
     local try
     for try in {1..27}; do
         stay # An answer may be lost of a requeue that was done.
-        timeout 60 scontrol requeue "$job" && break
+        scontrol requeue "$job" && break
         [ "$try" -lt 27 ] || fail "job $job cannot be requeued: the run's resume.sh queues it again"
         sleep 20
     done
     if [ -n "$1" ]; then
         local before
         before=$(field "$record" ExcNodeList)
-        patiently scontrol update "JobId=$job" "ExcNodeList=${before:+$before,}$1" || say "$1 was not left out: doctor looks again"
+        scontrol update "JobId=$job" "ExcNodeList=${before:+$before,}$1" || say "$1 was not left out: doctor looks again"
     fi
     sleep 300
     exit 75
