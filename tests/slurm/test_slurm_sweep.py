@@ -36,7 +36,7 @@ train: {max_steps: 3, global_batch: 2, save_every: 3, evaluate_every: 100, save_
 ELEMENTS: list[dict[str, Any]] = [
     {"name": "low", "set": ["optimizer.lr=1e-4"]},
     {"name": "high", "set": ["optimizer.lr=1e-2"]},
-    {"name": "broken", "set": ["data.store=missing.zarr"]},
+    {"name": "broken", "set": ["model.image_size=[12, 18, 10]"]},
     {"name": "child", "set": ["run.seed=1"], "after": ["broken"]},
 ]
 SWEEP: dict[str, Any] = {
@@ -110,7 +110,7 @@ def test_a_sweep_of_four_of_which_one_fails_and_is_queued_again_alone(sweeps: Sw
         "broken": "failed",
         "child": "failed",
     }
-    assert "missing.zarr" in found["broken"]["reason"]
+    assert "is not the grid of" in found["broken"]["reason"]
     assert found["child"]["reason"] == "broken, for which it waited, has failed"
     assert (found["low"]["step"], found["low"]["steps"]) == (3, 3)
     assert not (sweeps.folder / "runs" / "tiny" / "child").exists()
