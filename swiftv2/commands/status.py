@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from swiftv2.cluster import slurm
 from swiftv2.cluster.alarms import Alarm
-from swiftv2.cluster.standing import Standing, stand
+from swiftv2.cluster.standing import GOING, Standing, stand
 from swiftv2.cluster.traces import Traces, find_runs, read_traces
 from swiftv2.errors import SwiftError, UsageError
 from swiftv2.terminal import LOG_WIDTH, add_command, add_json, answer, table
@@ -265,7 +265,8 @@ def _queue(run: Standing) -> str:
     if job.state is None:
         return f"job {job.number}: not known to Slurm any more, or not asked"
     where = f" on {job.nodes}" if job.nodes else f", {job.node_count} node{'s' * ((job.node_count or 0) > 1)}"
-    left = f", {_span(job.seconds_left)} of its limit left" if job.seconds_left is not None else ""
+    lasts = job.seconds_left is not None and job.state in GOING
+    left = f", {_span(job.seconds_left)} of its limit left" if lasts else ""
     return f"job {job.name}: {job.state}{where}{left}"
 
 
