@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,10 @@ from swiftv2.errors import SwiftError
 from swiftv2.files import read_json
 
 EVENTS, METRICS, LEASE = "events.jsonl", "metrics.jsonl", "lease.json"
+STALE_SECONDS = 120.0
+"""Age of a heartbeat from which its holder counts as dead."""
+NO_FAULT = frozenset({"InterruptedRunError", "KeyboardInterrupt"})
+"""Errors of `failed` events after which the same command goes on."""
 FOLDERS = ("checkpoints", "logs", "figures")
 
 
@@ -65,6 +70,14 @@ def process_start(pid: int) -> str | None:
     except OSError:
         return None
     return None if fields[0] == "Z" else f"{boot} {space}/{fields[19]}"
+
+
+def lives(holder: Holder) -> bool | None:
+    """Whether a holder's process lives; None where that cannot be told: on another host, boot or namespace of process ids."""
+    mine = process_start(os.getpid())
+    if holder.host != socket.gethostname() or mine is None or mine.partition("/")[0] != holder.started.partition("/")[0]:
+        return None
+    return process_start(holder.pid) == holder.started
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -9,15 +9,23 @@ from swiftv2.cluster.standing import holds
 from swiftv2.cluster.traces import read_traces
 from swiftv2.errors import SwiftError
 from swiftv2.files import read_json
-from swiftv2.records import EVENTS, LEASE, append_line, cut_torn_line, is_foreign, newest_step, read_holder, read_lines
+from swiftv2.records import (
+    EVENTS,
+    LEASE,
+    NO_FAULT,
+    append_line,
+    cut_torn_line,
+    is_foreign,
+    newest_step,
+    read_holder,
+    read_lines,
+)
 
 AGAIN = 75
 KILLED = 128
 """Statuses above this are a signal's: the process was ended from outside."""
 IDLE_STARTS = 3
 """Starts in a row of one job, by others than this project, that may come to no newer checkpoint."""
-NO_FAULT = ("InterruptedRunError", "KeyboardInterrupt")
-"""Errors of `failed` events that the same command mends."""
 BROKEN_CHECKUPS = 2
 """Checkups in a row that may be ended from outside, by a signal or a lost rank, before a person must look."""
 _STORE_STAGING = ".build"

@@ -9,19 +9,16 @@ from typing import Any, Literal, NamedTuple
 from swiftv2.cluster.alarms import Alarm, event_alarms, present_alarms
 from swiftv2.cluster.slurm import Job
 from swiftv2.cluster.traces import HELDOUT, Traces
+from swiftv2.records import NO_FAULT, STALE_SECONDS
 
 State = Literal["running", "pending", "stopped", "requeued", "finished", "failed", "dead", "not begun"]
 
-STALE_SECONDS = 120.0
-"""Age of a heartbeat from which a lease no longer counts, as for a process that wants to take the run over."""
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 GOING = {"RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
 _ENDING_SECONDS = 30.0
 """After a hang is written down, the process is gone within this time; a heartbeat since shows that it is not."""
 _STARTING_SECONDS = 900.0
 """What a batch script may take before training begins, where Slurm cannot be asked."""
-_STOPPING = {"InterruptedRunError", "KeyboardInterrupt"}
-"""Errors after which the same command goes on: the engine notes them as it notes failures."""
 _STEPS = {"resumed", "rewound", "stopped", "finished"}
 _DURATION = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
 
@@ -202,7 +199,7 @@ def _ending(events: Sequence[Mapping[str, Any]]) -> tuple[State, str | None, flo
             ending = None
         elif kind == "requeued":
             ending = ("requeued", row.get("reason"), when)
-        elif kind == "failed" and row.get("error") not in _STOPPING:
+        elif kind == "failed" and row.get("error") not in NO_FAULT:
             ending = ("failed", row.get("problem") or row.get("error"), when)
         elif kind == "finished":
             ending = ("finished", None, when)

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,7 +16,7 @@ import yaml
 from swiftv2.cluster.book import read_book
 from swiftv2.errors import SwiftError, UsageError
 from swiftv2.files import read_json
-from swiftv2.records import EVENTS, LEASE, METRICS, Holder, process_start, read_holder
+from swiftv2.records import EVENTS, LEASE, METRICS, Holder, lives, read_holder
 
 HELDOUT = "heldout/loss"
 _TAILS = (1 << 16, 1 << 20, 1 << 22)
@@ -137,7 +136,7 @@ def read_traces(path: Path) -> Traces:
         best=_best(trainer, evaluations),
         holder=holder,
         heartbeat=heartbeat,
-        alive=None if holder is None else _lives(holder),
+        alive=None if holder is None else lives(holder),
         checkpoint=checkpoints[0] if checkpoints else None,
         largest=max((one.size for one in checkpoints), default=0),
         free=shutil.disk_usage(path if path.exists() else path.parent).free,
@@ -218,15 +217,6 @@ def _read_queued(path: Path, damaged: list[str]) -> tuple[float, str] | None:
         damaged.append(str(error))
         return None
     return None if entry is None else (datetime.fromisoformat(entry.when).timestamp(), entry.job)
-
-
-def _lives(holder: Holder) -> bool | None:
-    """Whether the process lives, where that can be told: on this host, since it was last booted."""
-    boot, _, _ = holder.started.partition("/")
-    mine = process_start(os.getpid())
-    if holder.host != socket.gethostname() or mine is None or mine.partition("/")[0] != boot:
-        return None
-    return process_start(holder.pid) == holder.started
 
 
 def _checkpoints(path: Path) -> Iterator[Checkpoint]:

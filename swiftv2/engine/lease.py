@@ -15,10 +15,9 @@ from typing import Self
 
 from swiftv2.errors import SwiftError
 from swiftv2.files import write_file
-from swiftv2.records import Holder, process_start, read_holder
+from swiftv2.records import STALE_SECONDS, Holder, lives, process_start, read_holder
 
 HEARTBEAT_SECONDS = 15.0
-STALE_SECONDS = 120.0
 FENCE_SECONDS = HEARTBEAT_SECONDS + 25.0
 """How long a holder that lives on may take to find out that it has lost its lease, and to stop."""
 
@@ -151,7 +150,7 @@ def is_alive(former: Holder, mine: Holder, age: float, stale_seconds: float) -> 
         return False
     if _same_job_before(former, mine):
         return False  # Dead, or on a node that Slurm has given up: its place is this one's.
-    return not _is_gone(former, mine) and age < stale_seconds
+    return lives(former) is not False and age < stale_seconds
 
 
 def may_live_on(former: Holder, mine: Holder) -> bool:
@@ -159,17 +158,11 @@ def may_live_on(former: Holder, mine: Holder) -> bool:
 
     A silent heart tells nothing: the file system may have been away for both.
     """
-    return not former.released and not _is_gone(former, mine) and _same_job_before(former, mine)
+    return not former.released and lives(former) is not False and _same_job_before(former, mine)
 
 
 def _same_job_before(former: Holder, mine: Holder) -> bool:
     return former.job is not None and former.job == mine.job and former.restart < mine.restart
-
-
-def _is_gone(former: Holder, mine: Holder) -> bool:
-    """Whether a holder's process ran on this host and is there no more."""
-    same_boot = former.started.partition("/")[0] == mine.started.partition("/")[0]
-    return former.host == mine.host and bool(former.started) and same_boot and process_start(former.pid) != former.started
 
 
 def _retire(path: Path, former: Holder) -> None:

@@ -21,10 +21,10 @@ import swiftv2
 from swiftv2.engine.checkup import Figures, compare
 from swiftv2.engine.collective import gather
 from swiftv2.engine.launch import World
-from swiftv2.engine.lease import STALE_SECONDS, is_alive, this_process
+from swiftv2.engine.lease import is_alive, this_process
 from swiftv2.engine.rundir import PACKAGES, git_state
 from swiftv2.errors import SwiftError
-from swiftv2.records import read_holder
+from swiftv2.records import STALE_SECONDS, read_holder
 
 MB = 1_000_000
 TEST_BYTES = 8 * MB

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from swiftv2.cluster.requeue import IDLE_STARTS, Attempt, begin, judge_checkup, judge_run, judge_store, run_mark, store_mark
+from swiftv2.data.store import layout
 from swiftv2.errors import SwiftError
 from swiftv2.records import EVENTS, LEASE, Holder, append_line, read_lines
 
@@ -159,7 +160,7 @@ def test_sick_hosts_are_left_out(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_build_goes_on_where_runs_were_added(tmp_path: Path) -> None:
-    staged = tmp_path / "cohort.zarr" / ".build" / "rows"
+    staged = tmp_path / "cohort.zarr" / layout.STAGING / "rows"
     staged.mkdir(parents=True)
     (staged / "0.json").touch()
     store = tmp_path / "cohort.zarr"

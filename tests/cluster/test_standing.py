@@ -18,11 +18,10 @@ from crew import complete, events, job, options
 from swiftv2.cluster.alarms import Alarm
 from swiftv2.cluster.book import Entry, note
 from swiftv2.cluster.slurm import Job
-from swiftv2.cluster.standing import STALE_SECONDS, Standing, seconds, stand
+from swiftv2.cluster.standing import Standing, seconds, stand
 from swiftv2.cluster.traces import find_runs, read_traces
-from swiftv2.engine import lease
 from swiftv2.errors import UsageError
-from swiftv2.records import append_line, process_start, read_metrics
+from swiftv2.records import STALE_SECONDS, append_line, read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
@@ -173,12 +172,6 @@ def copied(run: Path, folder: Path) -> Path:
             to.parent.mkdir(parents=True, exist_ok=True)
             to.write_bytes(path.read_bytes())
     return new
-
-
-def test_limits_and_starts_are_those_of_the_engine() -> None:
-    assert STALE_SECONDS == lease.STALE_SECONDS
-    assert process_start(os.getpid()) == lease.this_process(1).started
-    assert process_start(2**22 + 1) is None
 
 
 def test_numbers_that_go_wrong_end_a_run(tmp_path: Path) -> None:

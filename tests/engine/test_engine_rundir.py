@@ -15,7 +15,7 @@ from swiftv2.engine.launch import World
 from swiftv2.engine.lease import Lease
 from swiftv2.engine.rundir import RunDirectory
 from swiftv2.errors import SwiftError, UsageError
-from swiftv2.records import read_lines, read_metrics
+from swiftv2.records import STALE_SECONDS, read_lines, read_metrics
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 CONFIG = "train:\n  max_steps: 10\n  global_batch: 8\noptimizer:\n  lr: 0.1\n"
@@ -145,7 +145,7 @@ def test_another_host_is_believed_until_its_heartbeat_is_old(tmp_path: Path) -> 
     _forge(tmp_path, host="elsewhere", started="boot/1")
     with pytest.raises(SwiftError, match="on elsewhere"):
         Lease.acquire(tmp_path, 2)
-    old = time.time() - lease.STALE_SECONDS - 5
+    old = time.time() - STALE_SECONDS - 5
     os.utime(tmp_path / "lease.json", (old, old))
     Lease.acquire(tmp_path, 2).release()
 
@@ -164,7 +164,7 @@ def test_a_lease_that_a_dead_node_has_torn_holds_nobody_up_for_long(tmp_path: Pa
     path.write_text("")
     with pytest.raises(SwiftError, match=r"lease\.json"):
         Lease.acquire(tmp_path, 2)
-    old = time.time() - lease.STALE_SECONDS - 5
+    old = time.time() - STALE_SECONDS - 5
     os.utime(path, (old, old))
     Lease.acquire(tmp_path, 2).release()
 
