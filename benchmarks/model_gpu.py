@@ -28,7 +28,7 @@ from swiftv2.engine.backend import Backend
 from swiftv2.engine.build import build_backend
 from swiftv2.engine.launch import World
 from swiftv2.errors import SwiftError
-from swiftv2.models import decay_names
+from swiftv2.models import decay_names, learning_rates
 from swiftv2.models.blocks import compile_blocks
 from swiftv2.models.flops import computed_flops
 from swiftv2.recipes.objective import Objective
@@ -175,7 +175,8 @@ def optimizer_steps(model: ModelConfig, engine: EngineConfig, batch: int, rounds
         objective = Objective(config, torch.from_numpy(np.flatnonzero(brain)), model.image_size)
         if engine.compile:
             compile_blocks(objective)
-        backend = build_backend(engine, config.optimizer, objective, decay_names(objective), world, batch, 1)
+        rates = learning_rates(objective, config.model)
+        backend = build_backend(engine, config.optimizer, objective, decay_names(objective), world, batch, 1, rates)
         clips = noise_batch(config, int(brain.sum()), batch).to(world.device)
         seconds = [_timed(backend, clips, world) for _ in range(WARM_UP + rounds)][WARM_UP:]
         peak = torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else 0

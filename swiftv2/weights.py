@@ -28,6 +28,7 @@ from swiftv2.config.load import build
 from swiftv2.config.model import LossConfig, MaskConfig, ModelConfig, Size3
 from swiftv2.errors import SwiftError, UsageError
 from swiftv2.files import sha256, sync
+from swiftv2.models.mup import factors
 from swiftv2.models.simmim import MaskedModel, SimMIM
 from swiftv2.models.swift_v1 import DEFAULTS, REQUIRED
 from swiftv2.models.swin4d import Swin4D
@@ -99,7 +100,8 @@ class Card(Config):
     input: InputContract
     """What goes in."""
     mup: dict[str, Any] | None = None
-    """muP base and multipliers that a reader must apply; null for the standard form."""
+    """muP base and multipliers that a reader must apply, as `models.mup.factors` makes them of `model`; null for the standard
+    form. Set by `export`."""
     subjects: SubjectHashes | None = None
     """Subjects trained on."""
     provenance: dict[str, Any] | None = None
@@ -137,7 +139,7 @@ def export(folder: Path, weights: nn.Module | Mapping[str, Tensor], card: Card |
     Args:
         folder: must not exist.
         weights: a `Swin4D`, `SimMIM` or `VisibleOnly`, or its state dict.
-        card: what `Card` holds; `sha256` and `bytes` are filled in.
+        card: what `Card` holds; `sha256`, `bytes` and `mup` are filled in.
 
     Returns:
         The card as written.
@@ -155,7 +157,8 @@ def export(folder: Path, weights: nn.Module | Mapping[str, Tensor], card: Card |
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch.mkdir()
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, scratch / TENSORS)
-        written = card.model_copy(update={"sha256": sha256(scratch / TENSORS), "bytes": (scratch / TENSORS).stat().st_size})
+        content = {"sha256": sha256(scratch / TENSORS), "bytes": (scratch / TENSORS).stat().st_size}
+        written = card.model_copy(update={**content, "mup": factors(card.model)})
         (scratch / CARD).write_text(written.model_dump_json(indent=2) + "\n", encoding="utf-8")
         for path in (scratch / TENSORS, scratch / CARD, scratch):
             sync(path)
@@ -195,6 +198,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], Card]:
         SwiftError: anything is missing, truncated, altered, or does not fit the card's architecture.
     """
     card = read_card(folder)
+    _check_mup(str(folder / CARD), card)
     path = folder / TENSORS
     try:
         size = path.stat().st_size
@@ -215,7 +219,6 @@ def load(folder: Path) -> tuple[dict[str, Tensor], Card]:
 def load_encoder(folder: Path) -> Swin4D:
     """The encoder of exported weights, of either kind, in the number format of the file."""
     tensors, card = load(folder)
-    _refuse_mup(folder, card)
     if card.kind != "encoder":
         tensors = {name.removeprefix(ENCODER): t for name, t in tensors.items() if name.startswith(ENCODER)}
     with torch.device("meta"):
@@ -227,7 +230,6 @@ def load_encoder(folder: Path) -> Swin4D:
 def load_masked(folder: Path) -> MaskedModel:
     """Encoder, mask token and decoder of exported weights, in the number format of the file; the card's kind says which."""
     tensors, card = load(folder)
-    _refuse_mup(folder, card)
     if card.kind == "encoder":
         raise SwiftError(f"{folder}: holds an encoder alone; reconstruction needs weights exported with their decoder")
     with torch.device("meta"):
@@ -350,9 +352,13 @@ def _check_tensors(found: Mapping[str, tuple[int, ...]], card: Card, where: str)
             raise SwiftError(f"{where}: {name} has shape {shape}, the card's architecture wants {expected[name]}")
 
 
-def _refuse_mup(folder: Path, card: Card) -> None:
-    if card.mup is not None:
-        raise SwiftError(f"{folder}: these weights need muP multipliers, which this version cannot apply; use a newer one")
+def _check_mup(where: str, card: Card) -> None:
+    """Make sure that the multipliers that are applied are those that the weights were trained with."""
+    if card.mup != factors(card.model):
+        raise SwiftError(
+            f"{where}: the card's muP multipliers are not those of its model (parametrisation={card.model.parametrisation}, "
+            f"width {card.model.embed_dim}, base {card.model.base_embed_dim}): export the weights again"
+        )
 
 
 def _agrees(name: str, wanted: Any, given: Any) -> bool:

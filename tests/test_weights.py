@@ -153,9 +153,9 @@ def test_a_card_that_is_no_card_is_refused(folder: Path, text: str) -> None:
 
 
 def test_weights_that_need_mup_are_not_loaded_without(folder: Path) -> None:
-    recard(folder, mup={"base": 36})
+    recard(folder, mup={"base_embed_dim": 36})
     with pytest.raises(SwiftError, match="muP"):
-        weights.load_encoder(folder)
+        weights.load(folder)
 
 
 def test_a_refused_export_leaves_nothing(tmp_path: Path, simmim: SimMIM, folder: Path) -> None:

@@ -96,6 +96,9 @@ class SplitConfig(Config):
     """Seed of the random split."""
     fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
     """Shares of subjects for train, val and test of the random split; they sum to 1."""
+    train_share: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of the training subjects that is used, chosen by the seed; smaller shares lie within larger ones, and validation
+    and test are left alone."""
     families: bool = True
     """Whether the random split keeps subjects of one `family_id` together; reading it needs the store's file of ids."""
 
@@ -130,6 +133,8 @@ class DataConfig(Config):
 
     store: Path
     """Path of the Zarr store."""
+    frames_per_run: PositiveInt | None = None
+    """Only so many first frames of each training run are used, as if scans were shorter; all when unset."""
     cohorts: tuple[str, ...] | None = None
     """Cohorts of the store to use; all when unset."""
     allow_mixed_tr: bool = False

@@ -97,6 +97,8 @@ class TrainConfig(Config):
     """Permanent checkpoints kept beside the best; older ones are deleted."""
     keep_every: PositiveInt | None = None
     """Permanent checkpoints of steps that this divides are kept for ever; none when unset."""
+    keep_steps: tuple[PositiveInt, ...] = ()
+    """Steps after which a permanent checkpoint is made and kept for ever, such as those from which branches begin."""
     save_minutes: NonNegativeFloat = 2.0
     """Minutes between ephemeral checkpoints, written while training goes on, of which the newest two are kept; 0: none."""
     save_in_background: bool = True
@@ -154,6 +156,19 @@ class RunConfig(Config):
     """Seed of every draw."""
     init_from: Path | None = None
     """Exported weights (a folder with weights.safetensors) from which a new run starts; never mixed with resuming."""
+    branch_from: Path | None = None
+    """Run directory whose checkpoint of `branch_step` a new run goes on from: weights, moments, place in the data. What
+    follows may differ, such as a cooldown of the rate; model, data, batch and seed are the other run's."""
+    branch_step: PositiveInt | None = None
+    """Step of the checkpoint of `branch_from`; see train.keep_steps."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.branch_from is None) != (self.branch_step is None):
+            raise ValueError("run.branch_from and run.branch_step go together: a run directory, and a step that it has kept")
+        if self.branch_from is not None and self.init_from is not None:
+            raise ValueError("run.branch_from brings its own weights: leave out run.init_from")
+        return self
 
 
 def split_batch(global_batch: int, world_size: int, micro_batch: int | None) -> tuple[int, int]:

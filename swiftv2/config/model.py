@@ -82,6 +82,11 @@ class ModelConfig(Config):
     """Initial value of the temporal branch's LayerScale (decoupled only)."""
     layer_scale_spatial: PositiveFloat = 0.9
     """Initial value of the spatial branch's LayerScale (decoupled only)."""
+    parametrisation: Literal["standard", "mup"] = "standard"
+    """mup: first values, learning rates, attention and readout scale with the width such that settings tuned at one width
+    hold at others (Tensor Programs V); at `base_embed_dim` it is the standard form."""
+    base_embed_dim: PositiveInt = 36
+    """Width of the first stage at which mup equals the standard form, that of 7M (parametrisation=mup only)."""
     packing: Literal["none", "template", "subject"] = "none"
     """Tokens that are computed: all; those that hold brain in the template mask of the grid; or in each subject's own
     mask. Background tokens are then never attended to, and are zero children in merging. A subject's own mask gives away
@@ -119,6 +124,26 @@ class ModelConfig(Config):
         if self.variant != "decoupled" and not self.absolute_position:
             raise ValueError(f"absolute_position=false needs variant=decoupled; {self.variant} has no other notion of place")
         return self
+
+    @model_validator(mode="after")
+    def _check_mup(self) -> Self:
+        if self.parametrisation == "standard":
+            if self.base_embed_dim != ModelConfig.model_fields["base_embed_dim"].default:
+                raise ValueError(f"base_embed_dim={self.base_embed_dim} needs parametrisation=mup: the standard form has none")
+            return self
+        if self.variant == "swift_v1":
+            raise ValueError("parametrisation=mup: swift_v1 is the published model; take variant=unified or decoupled")
+        for stage, heads in enumerate(self.num_heads):
+            if self.base_embed_dim * 2**stage % heads:
+                raise ValueError(
+                    f"base_embed_dim={self.base_embed_dim}: stage {stage} of the base is not divisible by {heads} heads"
+                )
+        return self
+
+    @property
+    def width_multiplier(self) -> float:
+        """Width as a multiple of the base's under mup; 1 for the standard form."""
+        return self.embed_dim / self.base_embed_dim if self.parametrisation == "mup" else 1.0
 
     @model_validator(mode="after")
     def _check_swift_v1(self) -> Self:

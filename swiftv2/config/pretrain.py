@@ -42,6 +42,19 @@ class PretrainConfig(Config):
     """Held-out subjects."""
 
     @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        past = [step for step in self.train.keep_steps if step > self.train.max_steps]
+        if past:
+            raise ValueError(f"train.keep_steps: step {past[0]} is never reached with train.max_steps={self.train.max_steps}")
+        if self.run.branch_step is not None and self.run.branch_step >= self.train.max_steps:
+            raise ValueError(
+                f"run.branch_step={self.run.branch_step} leaves nothing to do with train.max_steps={self.train.max_steps}"
+            )
+        if self.run.branch_from is not None and self.data.exclude is not None:
+            raise ValueError("run.branch_from leaves out what the other run left out: leave data.exclude unset")
+        return self
+
+    @model_validator(mode="after")
     def _check(self) -> Self:
         patch, cell = self.model.patch_size, self.mask.patch_size
         if any(c % p for c, p in zip(cell, patch, strict=True)):

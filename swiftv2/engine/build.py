@@ -1,5 +1,7 @@
 """From configuration to a backend."""
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from swiftv2.config.engine import EngineConfig
@@ -17,6 +19,7 @@ def build_backend(
     world: World,
     micro_batch: int,
     accumulation: int,
+    rates: Mapping[str, float] | None = None,
 ) -> Backend:
     """The backend that the configuration names, around a module whose weights are initialised (collective).
 
@@ -28,10 +31,11 @@ def build_backend(
         world: this process among the ranks.
         micro_batch: clips that a rank computes at a time.
         accumulation: micro-batches of a rank in one step.
+        rates: multiples of the learning rate by name, where they are not 1.
     """
     if config.backend == "plain":
-        return PlainBackend(config, optimizer, module, decay, world, accumulation)
+        return PlainBackend(config, optimizer, module, decay, world, accumulation, rates)
     # Importing DeepSpeed takes seconds: only where training starts.
     from swiftv2.engine.zero import ZeroBackend
 
-    return ZeroBackend(config, optimizer, module, decay, world, micro_batch, accumulation)
+    return ZeroBackend(config, optimizer, module, decay, world, micro_batch, accumulation, rates)

@@ -211,14 +211,15 @@ def outdated(run_dir: Path, train: TrainConfig, state: TrainerState) -> list[Pat
     """Whole checkpoints that are no longer kept after this state was saved.
 
     Kept are the newest two of all, the best, the last `keep_last` permanent ones beside it, permanent ones that `keep_every`
-    divides, and the newest from before the steps that were refused, to which the run may have to go back. Damaged ones, and
-    those that lie ahead of a state that was gone back to, neither count nor are touched.
+    divides or `keep_steps` names, and the newest from
+    before the steps that were refused, to which the run may have to go back. Damaged ones, and those that lie ahead of a state that was gone back to, neither count nor are touched.
     """
     whole = [c for c in list_checkpoints(run_dir) if c.problem is None and c.step <= state.step]
     permanent = [c for c in whole if c.kind == "permanent" and c.step != state.best_step]
     kept = {c.step for c in whole[:_NEWEST]} | {c.step for c in permanent[: train.keep_last]} | {state.best_step}
     if state.refused:
         kept |= {c.step for c in [c for c in whole if c.step < state.refused[0]["step"]][:1]}
+    kept |= {c.step for c in permanent if c.step in train.keep_steps}
     if train.keep_every is not None:
         kept |= {c.step for c in permanent if c.step % train.keep_every == 0}
     return [c.path for c in whole if c.step not in kept]

@@ -19,7 +19,7 @@ from swiftv2.engine.meter import Meter
 from swiftv2.engine.pace import Pace
 from swiftv2.engine.progress import ProgressLine
 from swiftv2.engine.refusals import Refusals
-from swiftv2.engine.resume import resume, without_effect
+from swiftv2.engine.resume import Start, resume, without_effect
 from swiftv2.engine.rundir import RunDirectory
 from swiftv2.engine.saver import Saver
 from swiftv2.engine.schedule import learning_rate
@@ -75,6 +75,7 @@ def fit(
     evaluate: Evaluate | None = None,
     best_metric: str | None = None,
     clips_at_peak: float | None = None,
+    branch: Path | None = None,
 ) -> FitResult:
     """Train from where the run directory stands up to `train.max_steps` (collective).
 
@@ -92,6 +93,7 @@ def fit(
         evaluate: called by all ranks every `evaluate_every` steps and after the last; its values are logged.
         best_metric: key of the evaluation whose lowest value marks the best checkpoint, which is saved at once and kept.
         clips_at_peak: clips a second of all ranks together at their devices' peak, by which `mfu` is counted; None: it is not.
+        branch: checkpoint of another run from which a new one goes on.
 
     Returns:
         Where it ended. After SIGTERM, SIGUSR1, SIGUSR2 or an interrupt on any rank, or where the time is over, all ranks end
@@ -107,13 +109,13 @@ def fit(
         saver = stack.enter_context(Saver(run, backend, world, train))
         late = "the file system has not taken a checkpoint for longer than any step may take"
         watch.mind(lambda: late if saver.overdue(_PATIENCE * faults.hang_seconds) else None)
-        state, problems = resume(backend, world, run, train, schedule, seed)
-        progress = stack.enter_context(ProgressLine(world, state.step, train.max_steps))
-        for problem in problems:
+        start = resume(backend, world, run, train, schedule, seed, branch)
+        progress = stack.enter_context(ProgressLine(world, start.state.step, train.max_steps))
+        for problem in start.problems:
             progress.note(f"a damaged checkpoint is set aside: {problem}")
         parts = _Parts(backend, world, run, batches, train, faults, watch, request, saver, progress)
         meter = Meter(train.global_batch, train.max_steps, clips_at_peak)
-        training = _Training(parts, state, meter, lambda step: learning_rate(step, schedule, peak_lr, train.max_steps))
+        training = _Training(parts, start, meter, lambda step: learning_rate(step, schedule, peak_lr, train.max_steps))
         stack.callback(training.close)
         try:
             return training.run(evaluate, best_metric)
@@ -144,9 +146,10 @@ class _Parts(NamedTuple):
 class _Training:
     """A run in progress: its state, and what is done to it between two boundaries."""
 
-    def __init__(self, parts: _Parts, state: TrainerState, meter: Meter, rate: Callable[[int], float]) -> None:
+    def __init__(self, parts: _Parts, start: Start, meter: Meter, rate: Callable[[int], float]) -> None:
         self.parts, self.meter, self.rate = parts, meter, rate
-        self.state = self.saved = state
+        self.state = self.saved = state = start.state
+        self.new = start.new
         self.stream = parts.batches(state.samples, state.exclusions)
         self.state = replace(state, exclusions=self.stream.exclusions)
         self.guard = SpikeGuard(parts.faults, state.spike_window)
@@ -172,7 +175,7 @@ class _Training:
         self.parts.progress.note(f"{run.path}: {began}, attempt {run.attempt}, {ranks}")
         for line in without_effect(train, self.state):
             self.parts.progress.note(line)
-        if self.state.step == 0:
+        if self.new:
             # The disk is tried at once, and there is something to go back to.
             self.parts.saver.begin(self.state, permanent=False)
             self.saved = self.state
@@ -241,7 +244,8 @@ class _Training:
     def save(self, agreed: Agreed, *, now: bool) -> None:
         """Begin a checkpoint where one is due: a permanent one, or an ephemeral one by the clock."""
         step, former = self.state.step, self.saved
-        permanent = now or (step % self.parts.train.save_every == 0 and step != former.step)
+        asked = step in self.parts.train.keep_steps or step % self.parts.train.save_every == 0
+        permanent = now or (asked and step != former.step)
         if self.state == former or not (permanent or agreed.save):
             return
         self.parts.watch.at(self.state.step, "save")

@@ -1,6 +1,6 @@
 """The reference backend in plain PyTorch: what ZeRO must equal."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class PlainBackend(Backend):
         decay: set[str],
         world: World,
         accumulation: int,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         module.to(world.device)
         super().__init__(module, world, accumulation)
@@ -44,7 +45,7 @@ class PlainBackend(Backend):
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
             self.masters = {name: nn.Parameter(p.detach().float()) for name, p in self.parameters.items()}
-        self.optimizer = adamw(self.masters, decay, optimizer)
+        self.optimizer = adamw(self.masters, decay, optimizer, rates)
         # AdamW makes its state in the first step; a checkpoint may be written or read before.
         for master in self.masters.values():
             zeros = {kind: torch.zeros_like(master.detach()) for kind in MOMENTS}

@@ -1,29 +1,52 @@
-"""Where a run goes on: from its newest whole checkpoint, or from the beginning."""
+"""Where a run goes on: from its newest whole checkpoint, from one of another run, or from the beginning."""
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from swiftv2.config.engine import ScheduleConfig, TrainConfig
 from swiftv2.engine.backend import Backend
-from swiftv2.engine.checkpoint import TrainerState, load_newest
+from swiftv2.engine.checkpoint import Checkpoint, TrainerState, load_newest, verify_checkpoint
 from swiftv2.engine.collective import on_first
 from swiftv2.engine.launch import World
 from swiftv2.engine.rundir import RunDirectory
 from swiftv2.errors import SwiftError
 
 
-def resume(
-    backend: Backend, world: World, run: RunDirectory, train: TrainConfig, schedule: ScheduleConfig, seed: int
-) -> tuple[TrainerState, list[str]]:
-    """Load the newest whole checkpoint, or begin at step 0 (collective).
+class Start(NamedTuple):
+    """Where a run stands when a process takes it up."""
 
-    Returns:
-        The state, and a line for each damaged checkpoint that was passed over.
+    state: TrainerState
+    problems: list[str]
+    """A line for each damaged checkpoint that was passed over."""
+    new: bool
+    """Whether the run has no checkpoint of its own."""
+
+
+def resume(
+    backend: Backend,
+    world: World,
+    run: RunDirectory,
+    train: TrainConfig,
+    schedule: ScheduleConfig,
+    seed: int,
+    branch: Path | None = None,
+) -> Start:
+    """Load the newest whole checkpoint, or begin: at step 0, or where `branch` stands (collective).
+
+    Args:
+        backend: takes the state.
+        world: this process among the ranks.
+        run: the opened run directory.
+        train: steps and batch, noted in the state.
+        schedule: noted in it, too.
+        seed: of the run.
+        branch: folder of a checkpoint of another run, from which a run without one of its own goes on.
 
     Raises:
-        SwiftError: no checkpoint is whole, or the run was begun with another seed.
+        SwiftError: no checkpoint is whole, `branch` is missing or damaged, or the run was begun with another seed.
     """
     former, problems = load_newest(run.path, backend, world)
     for problem in problems:
@@ -37,11 +60,24 @@ def resume(
         "schedule": {**schedule.model_dump(), "max_steps": train.max_steps},
     }
     if former is None:
-        return TrainerState(step=0, samples=0, seed=seed, **now), problems
+        state = TrainerState(step=0, samples=0, seed=seed, **now)
+        return Start(state if branch is None else _branched(branch, state, backend, world, run), problems, new=True)
     if former.seed != seed:
         raise SwiftError(f"{run.path} was begun with run.seed={former.seed}, not {seed}: give another run.dir")
     run.event("resumed", former.step, world_size=former.world_size, passed_over=len(problems))
-    return replace(former, **now), problems
+    return Start(replace(former, **now), problems, new=False)
+
+
+def _branched(branch: Path, state: TrainerState, backend: Backend, world: World, run: RunDirectory) -> TrainerState:
+    """The state of another run's checkpoint, with nothing of what that run thought of its own evaluations."""
+    on_first(lambda: verify_checkpoint(branch), world)
+    former = on_first(Checkpoint(branch, 0, None).trainer, world)
+    if former.seed != state.seed:
+        raise SwiftError(f"{branch} is of a run with run.seed={former.seed}, not {state.seed}: a branch keeps the seed")
+    backend.restore(branch)
+    run.event("branched", former.step, source=str(branch))
+    kept = ("step", "samples", "exclusions", "spike_window")
+    return replace(state, **{name: getattr(former, name) for name in kept})
 
 
 def without_effect(train: TrainConfig, state: TrainerState) -> Iterator[str]:

@@ -8,7 +8,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ class ZeroBackend(Backend):
         world: World,
         micro_batch: int,
         accumulation: int,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(module.to(world.device), world, accumulation)
         self.config = config
@@ -90,7 +91,7 @@ class ZeroBackend(Backend):
         if world.device.type == "cpu":
             # DeepSpeed would compile a shared-memory all-reduce for minutes; gloo gives the same sums.
             deepspeed.ops.__compatible_ops__ = {}
-        self.optimizer = adamw(self.parameters, decay, optimizer)
+        self.optimizer = adamw(self.parameters, decay, optimizer, rates)
         # DeepSpeed's one way to gather in the ZeRO step; PyTorch renamed it and says so at every rank's first step.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.all_gather_into_tensor` is deprecated", FutureWarning)
         self._generated = deepspeed_config(config, micro_batch, accumulation)

@@ -21,11 +21,13 @@ class GroupAttention(nn.Module):
         width: channels C.
         heads: attention heads; divides `width`.
         bias: whether queries, keys and values carry a bias.
+        scale: what scores are multiplied by; 1 / sqrt(head dimension) when None.
     """
 
-    def __init__(self, width: int, heads: int, bias: bool) -> None:
+    def __init__(self, width: int, heads: int, bias: bool, scale: float | None = None) -> None:
         super().__init__()
         self.heads = heads
+        self.scale = (width // heads) ** -0.5 if scale is None else scale
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.proj = nn.Linear(width, width)
 
@@ -41,14 +43,13 @@ class GroupAttention(nn.Module):
         )
         if layout.rotary is not None:
             query, key = rotate(query, *layout.rotary), rotate(key, *layout.rotary)
-        out: Tensor = self.proj(_attend(query, key, value, layout).view(slots, batch, width))
+        out: Tensor = self.proj(_attend(query, key, value, layout, self.scale).view(slots, batch, width))
         return out
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
     """Attention of (slots, batch * heads, head_dim) within each group of each bucket."""
     heads, head_dim = query.shape[1:]
-    scale = head_dim**-0.5
     missing = -head_dim % HARDWARE_MULTIPLE if query.is_cuda else 0
     if missing:
         query, key, value = (functional.pad(x, (0, missing)) for x in (query, key, value))

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from swiftv2.config.model import ModelConfig
 from swiftv2.models.attention import GroupAttention
 from swiftv2.models.mlp import MLP
+from swiftv2.models.mup import attention_scale
 from swiftv2.models.routes import Layout, Move, Step
 from swiftv2.models.tokens import CHILDREN
 
@@ -32,7 +33,7 @@ class Block(nn.Module):
         super().__init__()
         width = config.embed_dim * 2**stage
         self.norm1 = nn.LayerNorm(width)
-        self.attn = GroupAttention(width, config.num_heads[stage], config.qkv_bias)
+        self.attn = GroupAttention(width, config.num_heads[stage], config.qkv_bias, attention_scale(config, stage))
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width, int(width * config.mlp_ratio))
 
@@ -52,11 +53,12 @@ class DecoupledBlock(nn.Module):
     def __init__(self, config: ModelConfig, stage: int) -> None:
         super().__init__()
         width, heads = config.embed_dim * 2**stage, config.num_heads[stage]
+        scale = attention_scale(config, stage)
         self.temporal_norm = nn.LayerNorm(width)
-        self.temporal_attn = GroupAttention(width, heads, config.qkv_bias)
+        self.temporal_attn = GroupAttention(width, heads, config.qkv_bias, scale)
         self.temporal_scale = LayerScale(width, config.layer_scale_temporal)
         self.spatial_norm = nn.LayerNorm(width)
-        self.spatial_attn = GroupAttention(width, heads, config.qkv_bias)
+        self.spatial_attn = GroupAttention(width, heads, config.qkv_bias, scale)
         self.spatial_scale = LayerScale(width, config.layer_scale_spatial)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width, int(width * config.mlp_ratio))

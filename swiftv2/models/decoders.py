@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from swiftv2.config.model import ModelConfig
 from swiftv2.models.geometry import Grid, as_grid
+from swiftv2.models.mup import Readout
 
 
 def expansion(config: ModelConfig) -> Grid:
@@ -30,7 +31,7 @@ class LinearDecoder(nn.Module):
     def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
         self.factors = expansion(config)
-        self.expand = nn.Linear(width, math.prod(self.factors) * config.in_channels)
+        self.expand = Readout(width, math.prod(self.factors) * config.in_channels, config.width_multiplier)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C_last, h, w, d, t) -> (B, C, H, W, D, T) of the padded clip."""
@@ -45,7 +46,7 @@ class MLPDecoder(nn.Module):
         self.factors = expansion(config)
         hidden = hidden_width(config, width)
         self.hidden = nn.Linear(width, hidden)
-        self.expand = nn.Linear(hidden, math.prod(self.factors) * config.in_channels)
+        self.expand = Readout(hidden, math.prod(self.factors) * config.in_channels, config.width_multiplier)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C_last, h, w, d, t) -> (B, C, H, W, D, T) of the padded clip."""
@@ -63,7 +64,7 @@ class FactorizedDecoder(nn.Module):
         hidden = hidden_width(config, width)
         self.temporal_hidden = nn.Linear(width, hidden)
         self.temporal_expand = nn.Linear(hidden, width * self.frames)
-        self.spatial_expand = nn.Linear(width, h * w * d * config.in_channels)
+        self.spatial_expand = Readout(width, h * w * d * config.in_channels, config.width_multiplier)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C_last, h, w, d, t) -> (B, C, H, W, D, T) of the padded clip."""

@@ -3,19 +3,23 @@
 import torch
 from torch import nn
 
+from swiftv2.config.model import ModelConfig
 from swiftv2.models.blocks import LayerScale
+from swiftv2.models.mup import shrink
 
 STD = 0.02
 
 
-def initialise(module: nn.Module, seed: int) -> None:
+def initialise(module: nn.Module, config: ModelConfig, seed: int) -> None:
     """Set every parameter in place: truncated normal (std 0.02) for matrices, position tables and the mask token.
 
     Biases start at 0, layer norms at 1 and 0, layer scales at their configured value. The draws come from the seed
-    alone, on the CPU, whatever the device. On the meta device nothing happens.
+    alone, on the CPU, whatever the device. Under muP matrices from width to width have less spread. On the meta device
+    nothing happens.
 
     Args:
         module: a model of this package.
+        config: its width and parametrisation.
         seed: where the draws start.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -24,6 +28,7 @@ def initialise(module: nn.Module, seed: int) -> None:
             for name, parameter in child.named_parameters(recurse=False):
                 if not parameter.is_meta:
                     _fill(child, name, parameter, generator)
+    shrink(module, config)
 
 
 def _fill(owner: nn.Module, name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:

@@ -121,7 +121,7 @@ class SimMIM(MaskedModel):
         super().__init__(model, mask, loss)
         self.mask_token = nn.Parameter(torch.zeros(model.embed_dim))
         self.decoder = make_decoder(model, self.encoder.width)
-        initialise(self, seed)
+        initialise(self, model, seed)
 
     def reconstruct(self, volume: Tensor, hidden: Tensor, brain: Tensor, drop_path: Tensor | None) -> Tensor:
         """(B, C, H, W, D, T) of the padded clip, from tokens of which the hidden ones are the mask token."""

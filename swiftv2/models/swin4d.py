@@ -20,6 +20,7 @@ from swiftv2.errors import SwiftError
 from swiftv2.models.blocks import Block, DecoupledBlock, PatchMerging
 from swiftv2.models.geometry import Grid, patches_with_brain, split_axes, stage_grids, token_grid
 from swiftv2.models.initialise import initialise
+from swiftv2.models.mup import Embedding
 from swiftv2.models.routes import Move, Route, StageRoute, Step, Work, sample_route, shared_route
 from swiftv2.models.swift_v1 import encoder_tensors, v1_tree
 
@@ -31,7 +32,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch = config.patch_size
         h, w, d, t = config.patch_size
-        self.fc = nn.Linear(h * w * d * t * config.in_channels, config.embed_dim)
+        self.fc = Embedding(h * w * d * t * config.in_channels, config.embed_dim)
 
     def forward(self, volume: Tensor, voxels: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """(B, C, H, W, D, T) -> (cells * B, E); zeros are added on the right up to whole patches.
@@ -168,7 +169,7 @@ class Swin4D(nn.Module):
         self.work = Work()
         self.register_load_state_dict_post_hook(_forget_template)  # type: ignore[no-untyped-call]
         if seed is not None:
-            initialise(self, seed)
+            initialise(self, config, seed)
 
     @property
     def width(self) -> int:

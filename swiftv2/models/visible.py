@@ -15,6 +15,7 @@ from swiftv2.models.blocks import Block, DecoupledBlock
 from swiftv2.models.decoders import pixel_shuffle
 from swiftv2.models.geometry import stage_grids, token_grid
 from swiftv2.models.initialise import initialise
+from swiftv2.models.mup import FixedWidth, Readout
 from swiftv2.models.routes import Route
 from swiftv2.models.simmim import MaskedModel, SimMIM
 from swiftv2.models.swin4d import PositionTables
@@ -38,11 +39,13 @@ def decoder_model(config: ModelConfig) -> ModelConfig:
         "last_layer_full_msa": False,
         "drop_path": 0.0,
         "checkpoint_stages": (),
+        "parametrisation": "standard",
+        "base_embed_dim": ModelConfig.model_fields["base_embed_dim"].default,
     }
     return build(ModelConfig, config.model_dump() | changes, where="model.decoder.visible")
 
 
-class PlacingDecoder(nn.Module):
+class PlacingDecoder(FixedWidth):
     """The last stage's features spread over the first stage's grid, mask tokens where it was hidden, blocks, then voxels.
 
     Args:
@@ -54,8 +57,8 @@ class PlacingDecoder(nn.Module):
         super().__init__()
         self.config = decoder_model(config)
         own, self.merged = self.config.embed_dim, 2 ** (len(config.depths) - 1)
-        self.expand = nn.Linear(width, self.merged**3 * own)
-        self.skip = nn.Linear(config.embed_dim, own) if config.decoder.visible.skip else None
+        self.expand = Readout(width, self.merged**3 * own, config.width_multiplier)
+        self.skip = Readout(config.embed_dim, own, config.width_multiplier) if config.decoder.visible.skip else None
         self.mask_token = nn.Parameter(torch.zeros(own))
         if config.absolute_position:
             self.positions = PositionTables(own, stage_grids(self.config)[0], config.variant != "decoupled")
@@ -112,7 +115,7 @@ class VisibleOnly(MaskedModel):
     def __init__(self, model: ModelConfig, mask: MaskConfig, loss: LossConfig, seed: int = 0) -> None:
         super().__init__(model, mask, loss)
         self.decoder = PlacingDecoder(model, self.encoder.width)
-        initialise(self, seed)
+        initialise(self, model, seed)
 
     def reconstruct(self, volume: Tensor, hidden: Tensor, brain: Tensor, drop_path: Tensor | None) -> Tensor:
         """(B, C, H, W, D, T) of the padded clip; no value of a hidden patch is read.

@@ -54,14 +54,13 @@ class Layout:
 
     sizes: tuple[int, ...]
     """Elements of each trainable parameter, in the module's order."""
-    decayed: tuple[bool, ...]
-    """Which of them weight decay touches: the first group of the optimizer; the others are the second."""
+    group: tuple[int, ...]
+    """Which group of the optimizer each is in: 0 with weight decay, 1 without, 2 with a learning rate of its own."""
 
     @property
     def groups(self) -> list[list[int]]:
         """Parameters of each group of the optimizer."""
-        split = [[i for i, d in enumerate(self.decayed) if d == wanted] for wanted in (True, False)]
-        return [members for members in split if members]
+        return [[i for i, own in enumerate(self.group) if own == group] for group in sorted(set(self.group))]
 
     @property
     def total(self) -> int:

@@ -153,7 +153,8 @@ def open_data(config: PretrainConfig, run_dir: Path | None = None) -> Data:
 
     counts = None if begun is None else begun["clips"]
     train, heldout = (
-        index_clips(store.runs, config.clip, runs, allow_mixed_tr=True, censored=censored, counts=counts) for runs in chosen
+        index_clips(store.runs, config.clip, runs, allow_mixed_tr=True, censored=censored, counts=counts, frames=frames)
+        for runs, frames in zip(chosen, (config.data.frames_per_run, None), strict=True)
     )
     table = RunTable(store.runs)
     mixture = Mixture.make(config.data.mixing, table.cohort_names, table.cohort[train.run])

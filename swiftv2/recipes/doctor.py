@@ -25,7 +25,7 @@ from swiftv2.engine.launch import World, own_place, stop
 from swiftv2.engine.meeting import connect, join, own_device
 from swiftv2.engine.place import Place
 from swiftv2.errors import SwiftError
-from swiftv2.models import decay_names
+from swiftv2.models import decay_names, learning_rates
 from swiftv2.models.blocks import compile_blocks
 from swiftv2.recipes.data import Data, open_data
 from swiftv2.recipes.exclusions import read_exclusions
@@ -277,8 +277,9 @@ class _Visit:
         objective = Objective(config, torch.as_tensor(data.store.voxels).long(), data.store.grid.shape)
         if config.engine.compile:
             compile_blocks(objective, varying=config.model.packing == "subject" or config.objective == "visible_only")
-        names = decay_names(objective)
-        backend = build_backend(config.engine, config.optimizer, objective, names, world, micro_batch, accumulation)
+        names, rates = decay_names(objective), learning_rates(objective, config.model)
+        parts = (config.engine, config.optimizer, objective, names, world, micro_batch, accumulation)
+        backend = build_backend(*parts, rates)
         built = time.perf_counter() - began
         with self._largest(micro_batch, accumulation) as batches:
             began = time.perf_counter()

@@ -16,7 +16,7 @@ from swiftv2.data.samples.batch import Batch, common_dtype
 from swiftv2.data.samples.masks import Shape3, brain_cells, cell_counts, draw_mask
 from swiftv2.data.store.reader import Store
 from swiftv2.errors import SwiftError
-from swiftv2.models import decay_names
+from swiftv2.models import decay_names, learning_rates
 from swiftv2.plan.accounts import Layout
 from swiftv2.plan.memory import Passes
 from swiftv2.plan.model import plan_model
@@ -123,13 +123,14 @@ def passes(config: PretrainConfig, window: Window) -> Passes:
 
 
 def layout(config: PretrainConfig) -> Layout:
-    """Trainable parameters of the objective, and which of them weight decay touches."""
+    """Trainable parameters of the objective, and their groups in the optimizer."""
     window = torch.arange(1)
     with torch.device("meta"):
         objective = Objective(config.model_copy(update={"model": _unpacked(config.model)}), window, config.model.image_size)
-    names = decay_names(objective)
-    trained = [(p.numel(), name in names) for name, p in objective.named_parameters() if p.requires_grad]
-    return Layout(tuple(size for size, _ in trained), tuple(decayed for _, decayed in trained))
+    names, rates = decay_names(objective), learning_rates(objective, config.model)
+    trained = [(name, p.numel()) for name, p in objective.named_parameters() if p.requires_grad]
+    group = tuple(2 if name in rates else int(name not in names) for name, _ in trained)
+    return Layout(tuple(size for _, size in trained), group)
 
 
 def _unpacked(model: ModelConfig) -> ModelConfig:

@@ -22,11 +22,12 @@ from swiftv2.engine.rundir import RunDirectory
 from swiftv2.engine.sentinel import Sentinel
 from swiftv2.engine.stream import Exclusion
 from swiftv2.errors import SwiftError
-from swiftv2.models import decay_names
+from swiftv2.models import decay_names, learning_rates
 from swiftv2.models.blocks import compile_blocks
 from swiftv2.models.geometry import patches_with_brain
 from swiftv2.plan.machines import find_gpu
 from swiftv2.plan.model import plan_model
+from swiftv2.recipes.branch import find_branch
 from swiftv2.recipes.data import Data, open_data
 from swiftv2.recipes.evaluate import HeldOut
 from swiftv2.recipes.exclusions import EXCLUSIONS, read_exclusions, write_exclusions
@@ -53,7 +54,8 @@ def pretrain(config: PretrainConfig) -> FitResult:
     Raises:
         SwiftError: anything that the user can mend; before a device is taken where that is possible.
     """
-    data = open_data(config, config.run.dir)
+    branch = find_branch(config)
+    data = open_data(config, config.run.dir if branch is None else branch.run_dir)
     asked = _read_asked(config, data)
     start_from = _load_start(config, data) if config.run.init_from else None
     place = find_place(os.environ)
@@ -75,8 +77,9 @@ def pretrain(config: PretrainConfig) -> FitResult:
             on_first(lambda: write_contract(run.path, config, data), world)
             if config.engine.compile:
                 compile_blocks(objective, varying=config.model.packing == "subject" or config.objective == "visible_only")
-            names = decay_names(objective)
-            backend = build_backend(config.engine, config.optimizer, objective, names, world, micro_batch, accumulation)
+            names, rates = decay_names(objective), learning_rates(objective, config.model)
+            parts = (config.engine, config.optimizer, objective, names, world, micro_batch, accumulation)
+            backend = build_backend(*parts, rates)
             heldout = HeldOut(config, data, objective, world, run.path)
             result = fit(
                 backend=backend,
@@ -100,6 +103,7 @@ def pretrain(config: PretrainConfig) -> FitResult:
                 evaluate=heldout,
                 best_metric=BEST_METRIC,
                 clips_at_peak=_clips_at_peak(config, world),
+                branch=None if branch is None else branch.checkpoint,
             )
             if not result.stopped_early:
                 watch.at(result.step, "finish")

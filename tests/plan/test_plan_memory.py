@@ -28,7 +28,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 WORKER = Path(__file__).parent / "workers" / "states.py"
 
 
-LAYOUT = Layout((77_357, 257, 103_571, 403, 80_197, 199), (True, False) * 3)
+LAYOUT = Layout((77_357, 257, 103_571, 403, 80_197, 199), (0, 1) * 3)
 """Three linear layers whose sizes no number of ranks divides."""
 
 
@@ -57,11 +57,11 @@ def test_states_are_those_of_the_real_backends(world: int, tmp_path: Path) -> No
     ranks = [json.loads(path.read_text()) for path in sorted(tmp_path.iterdir())]
     assert len(ranks) == world
     for name in chosen:
-        layout = Layout(tuple(ranks[0][name]["sizes"]), tuple(ranks[0][name]["decayed"]))
+        layout = Layout(tuple(ranks[0][name]["sizes"]), tuple(ranks[0][name]["group"]))
         assert max(rank[name]["held"] for rank in ranks) == pytest.approx(between_steps(name, world, layout), rel=0.01), name
 
 
-EVEN = Layout((1_000,) * 64, (True, False) * 32)
+EVEN = Layout((1_000,) * 64, (0, 1) * 32)
 
 
 def a_tape(sizes: tuple[int, ...], element: int) -> Tape:

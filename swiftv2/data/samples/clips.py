@@ -104,6 +104,7 @@ def index_clips(
     allow_mixed_tr: bool = False,
     censored: Callable[[int], NDArray[np.bool_] | None] | None = None,
     counts: Mapping[str, int] | None = None,
+    frames: int | None = None,
 ) -> ClipIndex:
     """All clips of the chosen runs, in the order of the store's runs and then of their starts.
 
@@ -117,6 +118,7 @@ def index_clips(
         censored: (frames,) bool of a run by its index, or None where that is not known; asked where `clip.gaps` is not keep.
         counts: clips that each run had, by key, when it was indexed before; for runs that are withdrawn since, whose censored
             frames nobody knows any more. Their clips keep their numbers and all begin at the first steady frame.
+        frames: only clips within so many first steady frames of a run; all when None.
 
     Raises:
         UsageError: no run is chosen, none holds a clip, repetition times are mixed without leave, or gaps are to be kept
@@ -131,6 +133,9 @@ def index_clips(
         starts = [runs[i].steady_from + clip_starts(runs[i].frames - runs[i].steady_from, config, runs[i].tr) for i in indices]
     else:
         starts = _starts_between_gaps(runs, config, indices, censored, counts or {})
+    if frames is not None:
+        ends = [runs[i].steady_from + frames - clip_duration(config, runs[i].tr) for i in indices]
+        starts = [own[own <= end] for own, end in zip(starts, ends, strict=True)]
     for index, own in zip(indices, starts, strict=True):
         key = runs[index].key
         if counts is not None and len(own) != counts.get(key, 0):
@@ -144,6 +149,7 @@ def index_clips(
         raise UsageError(
             f"no run holds a clip of {longest} frames (clip.frames x clip.stride_within, at the TR of the runs): "
             f"{_listing(short)} are too short; lower clip.frames{'' if config.gaps == 'keep' else ' or say clip.gaps=keep'}"
+            f"{'' if frames is None else f' or raise data.frames_per_run={frames}'}"
         )
     return ClipIndex(
         run=np.repeat(np.array(indices, dtype=np.int64), [len(s) for s in starts]),

@@ -6,7 +6,7 @@ joins or leaves the store moves no other. Only where a part would stay empty doe
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,8 @@ class Splits:
     val: tuple[str, ...]
     test: tuple[str, ...]
     unassigned: tuple[str, ...] = ()
-    """Subjects of the store that a split file does not name: used nowhere, for the caller to report."""
+    """Subjects of the store that a split file does not name, or that a share of the training subjects leaves out: used
+    nowhere, for the caller to report."""
 
     def part(self, name: Part) -> tuple[str, ...]:
         """Subjects of one part."""
@@ -42,7 +43,7 @@ def split_subjects(
     ids: Mapping[str, str] | None = None,
     families: Mapping[str, str] | None = None,
 ) -> Splits:
-    """Divide the subjects of a store by the configured file, or by seed and fractions.
+    """Divide the subjects of a store by the configured file, or by seed and fractions, and take the share to train on.
 
     Args:
         config: file, or seed and fractions.
@@ -55,8 +56,28 @@ def split_subjects(
         UsageError: the file is wrong (line named, never the subject), or there are too few subjects for the parts.
     """
     if config.file is not None:
-        return split_by_file(config.file, subjects, ids or {})
-    return split_by_seed(config.seed, config.fractions, subjects, families or {})
+        splits = split_by_file(config.file, subjects, ids or {})
+    else:
+        splits = split_by_seed(config.seed, config.fractions, subjects, families or {})
+    return take_share(splits, config.train_share, config.seed)
+
+
+def take_share(splits: Splits, share: float, seed: int) -> Splits:
+    """A share of the training subjects, at least one; the others are used nowhere.
+
+    Subjects come in an order that depends on seed and key alone, so that a smaller share lies within a larger one.
+
+    Args:
+        splits: all parts.
+        share: above 0, at most 1.
+        seed: of the order.
+    """
+    wanted = max(round(share * len(splits.train)), 1)
+    if wanted == len(splits.train):
+        return splits
+    line = sorted(splits.train, key=lambda subject: (keyed.uniform(seed, "train_share", subject), subject))
+    unused = tuple(sorted((*splits.unassigned, *line[wanted:])))
+    return replace(splits, train=tuple(sorted(line[:wanted])), unassigned=unused)
 
 
 def split_by_seed(

@@ -53,7 +53,7 @@ def main() -> None:
         module = Chain()
         names = decay_names(module)
         sizes = [p.numel() for p in module.parameters()]
-        decayed = [key in names for key, _ in module.named_parameters()]
+        group = [int(key not in names) for key, _ in module.named_parameters()]
         backend = build_backend(config, OptimizerConfig(), module, names, world, 1, 1)
         batch = torch.ones(2, WIDTHS[0])
         for _ in range(2):
@@ -61,7 +61,7 @@ def main() -> None:
             backend.step(1e-3)
         del batch
         size = sum(storage.nbytes() for pointer, storage in held().items() if pointer not in before)
-        found[name] = {"held": size, "sizes": sizes, "decayed": decayed}
+        found[name] = {"held": size, "sizes": sizes, "group": group}
         backend.close()
         del backend, module
     (Path(sys.argv[2]) / f"{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
