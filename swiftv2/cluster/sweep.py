@@ -15,7 +15,7 @@ from swiftv2.cluster.elements import ACTIVE, ElementState, ask_slurm, element_st
 from swiftv2.config.engine import split_batch
 from swiftv2.config.load import dump, find_preset, load, presets_root
 from swiftv2.config.pretrain import PretrainConfig
-from swiftv2.config.sweep import SweepConfig
+from swiftv2.config.sweep import Resources, SweepConfig
 from swiftv2.errors import SwiftError, UsageError
 from swiftv2.files import write_file
 
@@ -84,13 +84,14 @@ def resolve(sweep: SweepConfig, words: Iterable[str] = ()) -> tuple[PretrainConf
     Raises:
         UsageError: one is wrong; the message names element and key.
     """
-    given, resolved = tuple(words), []
+    said, resolved = tuple(words), []
     for index, name in enumerate(sweep.names()):
-        path, own = element(sweep, index, given)
+        path, own = element(sweep, index, said)
         try:
             config = load(PretrainConfig, path, own)
-            if sweep.nodes is not None and sweep.tasks_per_node is not None:
-                split_batch(config.train.global_batch, sweep.nodes * sweep.tasks_per_node, config.train.micro_batch)
+            given = sweep.resources(name)
+            if given.nodes is not None and given.tasks_per_node is not None:
+                split_batch(config.train.global_batch, given.nodes * given.tasks_per_node, config.train.micro_batch)
         except UsageError as error:
             raise UsageError(f"element {name}: {error}") from error
         resolved.append(config)
@@ -174,7 +175,7 @@ def choose(states: Sequence[ElementState], request: Request) -> tuple[set[str], 
 def group(
     sweep: SweepConfig, chosen: Collection[str], states: Sequence[ElementState]
 ) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Elements by the parents that they wait for: those that wait for the same ones make one array.
+    """Elements by what they wait for and are given: those that have both in common make one array.
 
     Returns:
         (parents that have not finished, elements) of each array, behind the arrays of its parents.
@@ -183,7 +184,7 @@ def group(
         UsageError: an element waits for one that is neither finished nor queued, and is not to be queued now.
     """
     state_of, job_of = {one.name: one.state for one in states}, {one.name: one.job for one in states}
-    waiting: dict[tuple[str, ...], list[str]] = {}
+    waiting: dict[tuple[tuple[str, ...], Resources], list[str]] = {}
     for run in sweep.runs():
         if run.name not in chosen:
             continue
@@ -199,15 +200,15 @@ def group(
                     f"element {run.name} comes after {parent}, which runs without a Slurm job: "
                     "queue it when that one has finished"
                 )
-        waiting.setdefault(parents, []).append(run.name)
+        waiting.setdefault((parents, sweep.resources(run.name)), []).append(run.name)
     ordered: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
     left = set(chosen)
     while waiting:
         # Each array waits for all of its parents, and elements wait in no circle: so arrays do not either.
-        ready = next(parents for parents in waiting if not left.intersection(parents))
+        ready = next(one for one in waiting if not left.intersection(one[0]))
         names = tuple(waiting.pop(ready))
         left.difference_update(names)
-        ordered.append((ready, names))
+        ordered.append((ready[0], names))
     return ordered
 
 
@@ -271,14 +272,14 @@ def _arrays(
         after = {parent: job_of[parent] for parent in parents}
         if request.after is not None:
             after[OTHER_JOB] = request.after
-        options = _options(sweep, title, indices, tuple(after.values()))
+        options = _options(sweep, title, indices, sweep.resources(names[0]), tuple(after.values()))
         job = queue(options, words)
         job_of.update({name: f"{job}_{index_of[name]}" for name in names})
         yield Array(job, names, indices, after, ("sbatch", *options, str(launcher()), *words))
 
 
-def _options(sweep: SweepConfig, title: str, indices: Sequence[int], after: Sequence[str]) -> tuple[str, ...]:
-    limit = f"%{sweep.at_most}" if sweep.at_most is not None else ""
+def _options(sweep: SweepConfig, title: str, indices: Sequence[int], given: Resources, after: Sequence[str]) -> tuple[str, ...]:
+    limit = f"%{given.at_most}" if given.at_most is not None else ""
     options = [
         f"--array={array_indices(indices)}{limit}",
         f"--job-name={title}",
@@ -287,7 +288,7 @@ def _options(sweep: SweepConfig, title: str, indices: Sequence[int], after: Sequ
     ]
     if after:
         options += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
-    resources = {"nodes": sweep.nodes, "ntasks-per-node": sweep.tasks_per_node, "time": sweep.time}
+    resources = {"nodes": given.nodes, "ntasks-per-node": given.tasks_per_node, "time": given.time}
     return (*options, *(f"--{name}={value}" for name, value in resources.items() if value is not None))
 
 

@@ -6,10 +6,10 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import yaml
-from pydantic import PositiveInt, field_validator, model_validator
+from pydantic import BeforeValidator, PositiveInt, field_validator, model_validator
 
 from swiftv2.config.base import Config
 from swiftv2.config.load import load, override
@@ -25,6 +25,26 @@ _TAKEN = ("run", "run.dir")
 """Settings that make the folder of a run: an element's is made of its name."""
 
 
+def _time(value: Any) -> Any:
+    if value is not None and not (isinstance(value, str) and _TIME.fullmatch(value)):
+        # YAML reads 12:00:00 without quotes as the number 43200.
+        raise ValueError(f"{value!r} is no time limit: write it in quotes, such as '12:00:00' or '2-00:00:00'")
+    return value
+
+
+TimeLimit = Annotated[str | None, BeforeValidator(_time)]
+
+
+class Resources(NamedTuple):
+    """What a run is given by Slurm; as slurm/sweep.sh says where None."""
+
+    nodes: int | None
+    tasks_per_node: int | None
+    time: str | None
+    at_most: int | None
+    """Elements with these resources that run at a time."""
+
+
 class SweepElement(Config):
     """One run of a sweep."""
 
@@ -34,6 +54,14 @@ class SweepElement(Config):
     """Settings of this run alone, as section.key=value words."""
     after: tuple[str, ...] = ()
     """Names of elements that must have finished before this one starts."""
+    nodes: PositiveInt | None = None
+    """Nodes of this run; the sweep's when unset, as with the following."""
+    tasks_per_node: PositiveInt | None = None
+    """Ranks on each of its nodes."""
+    time: TimeLimit = None
+    """Its time limit."""
+    at_most: PositiveInt | None = None
+    """Elements with the same resources as this one that run at a time."""
 
     @model_validator(mode="before")
     @classmethod
@@ -74,7 +102,7 @@ class SweepConfig(Config):
     """Nodes of each element; as slurm/sweep.sh says when unset."""
     tasks_per_node: PositiveInt | None = None
     """Ranks on each node; as slurm/sweep.sh says when unset."""
-    time: str | None = None
+    time: TimeLimit = None
     """Time limit of each element as Slurm writes it, in quotes, such as '12:00:00'; as slurm/sweep.sh says when unset."""
     at_most: PositiveInt | None = None
     """Elements that run at a time; as many as Slurm starts when unset."""
@@ -83,14 +111,6 @@ class SweepConfig(Config):
     @classmethod
     def _are_settings(cls, words: tuple[str, ...]) -> tuple[str, ...]:
         return check_words(words)
-
-    @field_validator("time", mode="before")
-    @classmethod
-    def _is_a_time(cls, value: Any) -> Any:
-        if value is not None and not (isinstance(value, str) and _TIME.fullmatch(value)):
-            # YAML reads 12:00:00 without quotes as the number 43200.
-            raise ValueError(f"{value!r} is no time limit: write it in quotes, such as '12:00:00' or '2-00:00:00'")
-        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -121,6 +141,12 @@ class SweepConfig(Config):
     def names(self) -> tuple[str, ...]:
         """Their names, in the same order."""
         return tuple(run.name for run in self.runs())
+
+    def resources(self, name: str) -> Resources:
+        """What an element is given by Slurm: its own, else the sweep's."""
+        own = next(run for run in self.runs() if run.name == name)
+        values = (getattr(own, key) or getattr(self, key) for key in Resources._fields)
+        return Resources(*values)
 
     def run_dir(self, name: str) -> Path:
         """Run directory of an element."""
