@@ -135,7 +135,7 @@ def plan_run(
     ranks, micro_batch, accumulation = check_machine(config, nodes, gpu)
     passes = work.passes(config)
     parameters = work.layout.total
-    traffic = _traffic(config.engine, parameters)
+    sent = traffic(config.engine, parameters)
     stages = {
         str(stage): _stage(config, passes, work, found, (ranks, micro_batch, accumulation), parameters, stage)
         for stage in STAGES
@@ -145,7 +145,7 @@ def plan_run(
     flops = (1 + BACKWARD) * work.computed_flops["total"]
     peak = found.peak_bf16_flops if config.engine.precision == "bf16" else found.peak_fp32_flops
     seconds = (flops + repeated) / (mfu * peak)
-    job = Job(seconds, micro_batch, traffic, overlap=1.0 if config.engine.overlap_comm else 0.0)
+    job = Job(seconds, micro_batch, sent, overlap=1.0 if config.engine.overlap_comm else 0.0)
     point = forecast_interval(job, machine, [nodes], accumulation=accumulation)[0]
     fits = memory.total <= found.memory_bytes
     remedies = [] if fits else _remedies(config, work, found, stages, (ranks, micro_batch, accumulation))
@@ -212,13 +212,14 @@ def _stage(
     engine = at_stage(config.engine, stage)
     memory = rank_memory(passes, work.layout, engine, ranks, micro_batch, accumulation)
     most = largest_micro_batch(passes, work.layout, engine, ranks, gpu.memory_bytes, accumulated=accumulation > 1)
-    traffic = _traffic(engine, parameters)
-    gradients = traffic.gradient_bytes * (accumulation if traffic.every_micro_step else 1)
-    sent = (2 * gradients + traffic.weight_bytes) * (ranks - 1) / ranks
-    return StagePlan(engine.backend, memory, memory.total <= gpu.memory_bytes, most, gradients, traffic.weight_bytes, sent)
+    told = traffic(engine, parameters)
+    gradients = told.gradient_bytes * (accumulation if told.every_micro_step else 1)
+    sent = (2 * gradients + told.weight_bytes) * (ranks - 1) / ranks
+    return StagePlan(engine.backend, memory, memory.total <= gpu.memory_bytes, most, gradients, told.weight_bytes, sent)
 
 
-def _traffic(engine: EngineConfig, parameters: int) -> Traffic:
+def traffic(engine: EngineConfig, parameters: int) -> Traffic:
+    """What ranks send each other for one optimizer step of a model of so many trainable parameters."""
     stage: Stage = 0 if engine.backend == "plain" else engine.zero_stage
     whole = stage == 0 or (stage == 1 and engine.precision == "bf16" and engine.gradient_accumulation_dtype == "fp32")
     return zero_traffic(
