@@ -182,7 +182,7 @@ class _Judge:
         log = self.sweep.folder / f"slurm-{entry.job}.out"
         # Where a run wrote down why it failed, that says most; then what its job said last.
         why = _why(standing) if since else ""
-        told = why if "failed" in since else _complaint(log) or why
+        told = why if "failed" in since else complaint(log) or why
         if job is None:
             return told or f"job {entry.job} is over, and Slurm has forgotten it: see {log}"
         if job.state in {"FAILED", "COMPLETED"}:
@@ -202,8 +202,12 @@ def _why(standing: Standing | None) -> str:
     )
 
 
-def _complaint(log: Path) -> str | None:
-    """The last line in which a command said what was wrong; else the last one of the launcher."""
+def complaint(log: Path) -> str | None:
+    """The last line in which a command said what was wrong; else the last one of the launcher; None where there is none.
+
+    Args:
+        log: what a job or a process has printed.
+    """
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _LOG_BYTES))

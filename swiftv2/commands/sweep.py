@@ -1,34 +1,41 @@
-"""Commands on sweeps: runs that differ in a few settings, as Slurm arrays."""
+"""Commands on sweeps and ladders: runs that differ in a few settings, as Slurm arrays or on this machine."""
 
 import argparse
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from swiftv2.cluster.book import OTHER_JOB, read_book
 from swiftv2.cluster.elements import ElementState, ask_slurm, element_states
+from swiftv2.cluster.local import Outcome, local_commands, run_here
 from swiftv2.cluster.slurm import Job
 from swiftv2.cluster.sweep import Request, Submission, rehearse, submit
-from swiftv2.config.sweep import load_sweep
+from swiftv2.commands import sweep_coordinates, sweep_ladder, sweep_predict
+from swiftv2.config.ladder import is_ladder
+from swiftv2.config.sweep import SweepConfig, load_sweep
 from swiftv2.errors import SwiftError, UsageError
-from swiftv2.terminal import add_command, add_json, answer, warn
+from swiftv2.terminal import add_command, add_json, answer, say, warn
 
-FILE = "YAML file of the sweep, such as scaling/sweeps/learning_rate_5M.yaml"
+FILE = "YAML file of the sweep or ladder, such as scaling/sweeps/learning_rate_5M.yaml"
 _TITLES = ("element", "index", "state", "job", "step", "loss", "why")
 
 
 def add(verbs: Any) -> None:
     """The verbs of `sweep`."""
     text = (
-        "queue the elements of a sweep as Slurm arrays. What is finished, queued or running is passed over, what failed is "
-        "queued again; all configurations are checked before anything is queued."
+        "queue the elements of a sweep or ladder as Slurm arrays, or run them on this machine. What is finished, queued or "
+        "running is passed over, what failed is queued again; all configurations are checked before anything is queued. Of a "
+        "ladder the cost is told first."
     )
     examples = (
         "swiftv2 sweep submit scaling/sweeps/learning_rate_5M.yaml data.store=$SCRATCH/cohort.zarr --dry-run",
         "swiftv2 sweep submit scaling/sweeps/learning_rate_5M.yaml data.store=$SCRATCH/cohort.zarr",
         "swiftv2 sweep submit scaling/sweeps/learning_rate_5M.yaml data.store=$SCRATCH/cohort.zarr --failed",
+        "swiftv2 sweep submit scaling/ladders/tiny.yaml data.store=demo/cohort.zarr --local 2",
     )
     parser = add_command(verbs, "submit", _submit, text, examples)
     add_json(parser)
@@ -40,11 +47,18 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--after", metavar="JOB", help="start when this Slurm job has ended well, such as one that builds the store"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the sbatch commands, and queue nothing")
-    text = "show how the elements of a sweep stand: state, job, step, loss."
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, and queue or run nothing")
+    parser.add_argument("--local", type=int, metavar="N", help="run elements on this machine, N at a time, without Slurm")
+    parser.add_argument(
+        "--at-most-node-hours", type=float, metavar="H", help="refuse a ladder that is planned to take more than this"
+    )
+    sweep_ladder.add_pace(parser)
+    text = "show how the elements of a sweep or ladder stand: state, job, step, loss."
     parser = add_command(verbs, "status", _status, text, ["swiftv2 sweep status scaling/sweeps/learning_rate_5M.yaml"])
     add_json(parser)
     parser.add_argument("file", type=Path, help=FILE)
+    for module in (sweep_ladder, sweep_predict, sweep_coordinates):
+        module.add(verbs)
 
 
 def _submit(arguments: argparse.Namespace) -> int:
@@ -53,8 +67,10 @@ def _submit(arguments: argparse.Namespace) -> int:
     words = (*arguments.overrides, *(word for word in arguments.only if "=" in word))
     if arguments.only and not only:
         raise UsageError("--only: give the names of elements")
-    sweep = load_sweep(arguments.file)
+    sweep, cost = _sweep(arguments, words)
     request = Request(words=words, only=only, failed=arguments.failed, after=arguments.after)
+    if arguments.local is not None:
+        return _here(sweep, request, arguments, cost)
     done = (rehearse if arguments.dry_run else submit)(sweep, arguments.file.stem, request)
     values = {
         "sweep": str(arguments.file),
@@ -73,9 +89,60 @@ def _submit(arguments: argparse.Namespace) -> int:
             for array in done.arrays
         ],
         "passed_over": dict(done.passed_over),
+        **cost,
     }
     answer(values, *_lines(done, dry_run=arguments.dry_run), as_json=arguments.json)
     return 0
+
+
+def _sweep(arguments: argparse.Namespace, words: Sequence[str]) -> tuple[SweepConfig, dict[str, Any]]:
+    """The sweep, and of a ladder what it costs, which is told and held against what it may cost."""
+    if not is_ladder(arguments.file):
+        if arguments.at_most_node_hours is not None:
+            raise UsageError("--at-most-node-hours is for ladders, whose cost is planned; a plain sweep's is not")
+        return load_sweep(arguments.file), {}
+    ladder, made = sweep_ladder.open_ladder(arguments.file, words, arguments)
+    sweep = ladder.sweep(made.rungs)
+    most = ladder.most_node_hours if arguments.at_most_node_hours is None else arguments.at_most_node_hours
+    if most is not None and made.node_hours is None:
+        raise UsageError(
+            f"whether the ladder takes at most {most:g} node-hours cannot be told: give --gpu or --flops-per-second"
+        )
+    if most is not None and (made.node_hours or 0.0) > most:
+        raise UsageError(
+            f"{sweep_ladder.cost_line(made)}: more than the {most:g} node-hours that it may take; take sizes or budgets out, "
+            "or raise --at-most-node-hours"
+        )
+    if not arguments.json:
+        say(sweep_ladder.cost_line(made))
+    return sweep, {"cost": sweep_ladder.cost(made)}
+
+
+def _here(sweep: SweepConfig, request: Request, arguments: argparse.Namespace, cost: Mapping[str, Any]) -> int:
+    """Run elements on this machine."""
+    if arguments.dry_run:
+        commands, passed_over = local_commands(sweep, request, _ask)
+        values = {"folder": str(sweep.folder), "dry_run": True, "commands": commands, "passed_over": passed_over, **cost}
+        lines = [f"would run {name}\n  {shlex.join(words)}" for name, words in commands.items()]
+        lines += [f"passed over: {name} ({why})" for name, why in passed_over.items()]
+        answer(values, *lines, as_json=arguments.json)
+        return 0
+    done = run_here(sweep, request, arguments.local, _ask, _stamp)
+    values = {"folder": str(sweep.folder), "dry_run": False, **asdict(done), **cost}
+    answer(values, *_outcome(done), as_json=arguments.json)
+    return done.exit_status
+
+
+def _stamp(text: str) -> None:
+    warn(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S} {text}")
+
+
+def _outcome(done: Outcome) -> list[str]:
+    kinds = (("passed over", done.passed_over), ("failed", done.failed), ("stopped", done.stopped))
+    lines = [f"{kind}: {name} ({why})" for kind, found in kinds for name, why in found.items()]
+    counts = f"{len(done.done)} done, {len(done.failed)} failed, {len(done.stopped)} stopped"
+    again = "; the same command goes on" if done.failed or done.stopped else ""
+    return [*lines, f"{counts}, {len(done.passed_over)} passed over{again}"]
 
 
 def _lines(done: Submission, *, dry_run: bool) -> list[str]:
@@ -91,7 +158,7 @@ def _lines(done: Submission, *, dry_run: bool) -> list[str]:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    sweep = load_sweep(arguments.file)
+    sweep = sweep_ladder.read_sweep(arguments.file)
     states = element_states(sweep, read_book(sweep.folder), _ask)
     counts = Counter(one.state for one in states)
     values = {

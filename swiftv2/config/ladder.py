@@ -156,8 +156,8 @@ class LadderConfig(Config):
     def variants(self) -> tuple[Variant, ...]:
         """All combinations of sizes and what else differs, budgets left out; the last axis changes fastest."""
         both = len(self._parametrisations()) > 1
-        forms = [*self._parametrisations()] or [None]
-        rates = [*self.learning_rate.rates] or [None]
+        forms: tuple[Parametrisation | None, ...] = self._parametrisations() or (None,)
+        rates: tuple[float | None, ...] = self.learning_rate.rates or (None,)
         axes = [axis for axis in (self._fractions(), self._subjects(), self._masks(), self._patches(), self._seeds()) if axis]
         found = []
         for size, form, rate in itertools.product(self.sizes, forms, rates):
@@ -183,6 +183,11 @@ class LadderConfig(Config):
             elements += [{"name": name, "after": trunk, **resources} for name in names]
         own = self.model_dump(include={"config", "folder", "common", "nodes", "tasks_per_node", "time", "at_most"})
         return build(SweepConfig, {**own, "elements": elements}, "elements")
+
+    def trunks(self) -> set[str]:
+        """Names of the elements that are there for their branches only."""
+        trunk = self.schedule.kind == "trunk"
+        return {f"{variant.stem}-{TRUNK}" for variant in self.variants()} if trunk else set()
 
     def rungs(self, facts: Callable[[Variant], Facts]) -> tuple[Rung, ...]:
         """All elements with their settings, in the order of `outline`.
