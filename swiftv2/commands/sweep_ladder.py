@@ -35,8 +35,8 @@ _TITLES = (
 def add(verbs: Any) -> None:
     """The verbs `plan` and `collect`."""
     text = (
-        "tell what the elements of a ladder hold and cost, before anything is queued: parameters, tokens, steps, FLOPs by "
-        "stages, epochs, node-hours, and what these rest on (docs/ladders.md)."
+        "tell what the elements of a ladder hold and cost before anything is queued. It tells parameters, tokens, steps, FLOPs "
+        "by stages, epochs, node-hours, and what these rest on (docs/ladders.md)."
     )
     examples = (
         "swiftv2 sweep plan scaling/ladders/family.yaml data.store=$SCRATCH/cohort.zarr",
@@ -50,14 +50,20 @@ def add(verbs: Any) -> None:
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help=words)
     add_pace(parser)
     text = (
-        "write one tidy table (table.csv, table.json) of the finished runs of a ladder or a sweep, which `sweep fit` takes. "
-        "Runs that are not finished are named with the reason."
+        "write one tidy table of the finished runs of a ladder or a sweep, for `sweep fit`. It is written as table.csv and "
+        "table.json; runs that are not finished are named with the reason."
     )
-    example = "swiftv2 sweep collect scaling/ladders/family.yaml --out laws/family"
-    parser = add_command(verbs, "collect", _collect, text, [example])
+    lines = [
+        "swiftv2 sweep collect scaling/ladders/family.yaml --out laws/family",
+        "swiftv2 sweep collect scaling/ladders/tiny.yaml --out laws/tiny_mup --where parametrisation=mup",
+    ]
+    parser = add_command(verbs, "collect", _collect, text, lines)
     add_json(parser)
     parser.add_argument("file", type=Path, help=f"{LADDER}, or of a sweep")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the table is written")
+    parser.add_argument(
+        "--where", nargs="+", action="extend", default=[], metavar="COLUMN=VALUE", help="take only rows that hold these values"
+    )
 
 
 def add_pace(parser: argparse.ArgumentParser) -> None:
@@ -152,6 +158,16 @@ def _hours(value: float | None) -> str:
     return "-" if value is None else f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
 
 
+def _pairs(words: Sequence[str]) -> dict[str, str]:
+    pairs = {}
+    for word in words:
+        column, equals, value = word.partition("=")
+        if not equals:
+            raise UsageError(f"--where {word}: write it as COLUMN=VALUE, such as parametrisation=mup")
+        pairs[column] = value
+    return pairs
+
+
 def _collect(arguments: argparse.Namespace) -> int:
     from swiftv2.recipes.collect import collect, write_table
 
@@ -161,7 +177,7 @@ def _collect(arguments: argparse.Namespace) -> int:
         sweep, trunks = ladder.outline(), ladder.trunks()
     else:
         sweep = load_sweep(arguments.file)
-    made = collect(sweep, trunks)
+    made = collect(sweep, trunks, _pairs(arguments.where))
     for line in made.warnings:
         warn(line)
     paths = write_table(made, arguments.out, str(arguments.file))

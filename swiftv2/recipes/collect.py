@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from collections import Counter as Count
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from swiftv2.config.load import load
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.config.sweep import SweepConfig
-from swiftv2.errors import SwiftError
+from swiftv2.errors import SwiftError, UsageError
 from swiftv2.files import read_json, write_file
 from swiftv2.recipes.baselines import MODEL
 from swiftv2.recipes.data import CONTRACT
@@ -79,34 +79,43 @@ class Table:
     warnings: tuple[str, ...]
 
 
-def collect(sweep: SweepConfig, trunks: Collection[str] = ()) -> Table:
+def collect(sweep: SweepConfig, trunks: Collection[str] = (), where: Mapping[str, str] | None = None) -> Table:
     """The table of a sweep's finished runs.
 
     Args:
         sweep: the sweep.
         trunks: elements that are there for their branches only.
+        where: values of columns, as text, that rows must have; others are left out.
 
     Raises:
+        UsageError: there is no such column.
         SwiftError: a file of a run directory is damaged.
     """
+    wanted, columns = dict(where or {}), [field.name for field in fields(Row)]
+    unknown = sorted(wanted.keys() - set(columns))
+    if unknown:
+        raise UsageError(f"--where {unknown[0]}: the table has no such column; it has {', '.join(columns)}")
     counter, rows, left_out = Counter(), [], {}
     tasks: dict[str, Mapping[str, Any]] = {}
-    gone: list[str] = []
     for name in sweep.names():
         run_dir = sweep.run_dir(name)
         why = "it is the trunk of others, without a cooldown" if name in trunks else unfinished(run_dir)
-        if why is None:
-            config = load(PretrainConfig, run_dir / "config.yaml")
-            found = _row(name, run_dir, config, counter, sweep.resources(name).nodes or 1)
-            if isinstance(found, Row):
-                rows.append(found)
-                tasks[name] = _task(config, run_dir)
-                gone += [name] if found.unique_tokens is None else []
-            else:
-                why = found
         if why is not None:
             left_out[name] = why
-    warnings = _differences(tasks)
+            continue
+        config = load(PretrainConfig, run_dir / "config.yaml")
+        row = _row(name, run_dir, config, counter, sweep.resources(name).nodes or 1)
+        if isinstance(row, str):
+            left_out[name] = row
+            continue
+        other = next((key for key in wanted if str(getattr(row, key)) != wanted[key]), None)
+        if other is not None:
+            left_out[name] = f"its {other} is {getattr(row, other)}"
+            continue
+        rows.append(row)
+        tasks[name] = _task(config, run_dir)
+    warnings = _differences(tasks) + _mixed(rows)
+    gone = [row.name for row in rows if row.unique_tokens is None]
     if gone:
         warnings.append(
             f"the store of {len(gone)} runs ({gone[0]}{', ...' * (len(gone) > 1)}) is not there: their brain_tokens and "
@@ -219,4 +228,16 @@ def _differences(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if len(counts) > 1:
             told = ", ".join(f"{value} ({count} rows)" for value, count in counts.most_common())
             found.append(f"rows differ in {key}: {told}; losses of different tasks cannot be fitted together")
+    return found
+
+
+def _mixed(rows: Sequence[Row]) -> list[str]:
+    """One line for each way of training in which rows differ, where each is a law of its own."""
+    found = []
+    for column in ("parametrisation", "schedule"):
+        values = sorted({str(getattr(row, column)) for row in rows})
+        if len(values) > 1:
+            found.append(
+                f"rows differ in {column}: {', '.join(values)}; fit each by itself (sweep collect --where {column}={values[0]})"
+            )
     return found
