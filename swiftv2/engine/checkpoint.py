@@ -211,8 +211,8 @@ def outdated(run_dir: Path, train: TrainConfig, state: TrainerState) -> list[Pat
     """Whole checkpoints that are no longer kept after this state was saved.
 
     Kept are the newest two of all, the best, the last `keep_last` permanent ones beside it, permanent ones that `keep_every`
-    divides or `keep_steps` names, and the newest from
-    before the steps that were refused, to which the run may have to go back. Damaged ones, and those that lie ahead of a state that was gone back to, neither count nor are touched.
+    divides or `keep_steps` names, and the newest from before the steps that were refused, to which the run may have to go
+    back. Damaged ones, and those that lie ahead of a state that was gone back to, neither count nor are touched.
     """
     whole = [c for c in list_checkpoints(run_dir) if c.problem is None and c.step <= state.step]
     permanent = [c for c in whole if c.kind == "permanent" and c.step != state.best_step]
