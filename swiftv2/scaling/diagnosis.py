@@ -1,6 +1,6 @@
 """What is wrong with a table of runs, or doubtful: no law can be told, points off the law, ladders that do not fall."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,11 @@ NEAR = 0.02
 """Variables nearer than this to one another, in their logarithm, count as equal."""
 _LINE = 0.02
 """Runs whose log N and log D stray no further from a line than this tell no two exponents apart."""
+_SAME = 1e-9
 _OFF_LEVEL = 0.01
 _OFF_SHARE, _OFF_MOST = 6, 12
-_RISE = 2.8
+_RISE_LEVEL = 0.05
+_CROSSED = 400
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ def refuse_degenerate(table: Table) -> None:
     """
     count, problem = len(table.rows), ""
     sizes, tokens = len(groups(table.parameters)), len(groups(table.tokens))
-    if count <= CONSTANTS:
+    if np.ptp(np.log(table.loss)) < _SAME:
+        problem = f"all losses are {_short(table.loss[0])}: nothing depends on size or tokens"
+    elif count <= CONSTANTS:
         problem = f"{count} run{'s' * (count != 1)}; a law of {CONSTANTS} constants needs at least {CONSTANTS + 1}"
     elif sizes == 1:
         problem = f"all runs are of one size ({_short(table.parameters[0])} parameters): how loss depends on it cannot be told"
@@ -77,7 +81,7 @@ def refuse_degenerate(table: Table) -> None:
                 problem = f"only {places} different pairs of size and tokens; a law of {CONSTANTS} constants needs more"
     if problem:
         rises = find_rises(table.parameters, table.tokens, table.loss, 0.0)
-        said = f"; and {_told(table, rises, 'model', 'tokens')}" if rises else ""
+        said = f"; not monotone either: {_told(table, rises, 'model', 'tokens')}" if rises else ""
         raise UsageError(f"{table.path}: cannot fit a law: {problem}{said}")
 
 
@@ -143,8 +147,8 @@ def why_off(residual: float, distance: float) -> str:
     return f"{how}: measured on other data, or trained otherwise?"
 
 
-def find_rises(varied: Floats, equal: Floats, loss: Floats, noise: float) -> list[Rise]:
-    """Where loss rises with one variable while the other is equal, by more than noise (standard deviation of log L)."""
+def find_rises(varied: Floats, equal: Floats, loss: Floats, tolerance: float) -> list[Rise]:
+    """Where loss rises with one variable while the other is equal: by more than a tolerance in log L, the worst first."""
     rises = []
     for group in groups(equal):
         for larger in group:
@@ -152,27 +156,33 @@ def find_rises(varied: Floats, equal: Floats, loss: Floats, noise: float) -> lis
             if below:
                 best = min(below, key=lambda i: float(loss[i]))
                 excess = float(np.log(loss[larger] / loss[best]))
-                if excess > _RISE * noise:
+                if excess > tolerance:
                     rises.append(Rise(int(best), int(larger), excess))
     return sorted(rises, key=lambda one: -one.excess)
 
 
-def judge_monotone(table: Table, noise: float, exponents: dict[str, tuple[float, float]]) -> dict[str, dict[str, Any]]:
+def judge_monotone(
+    table: Table, noise: float, freedom: int, exponents: Mapping[str, tuple[float, float]]
+) -> dict[str, dict[str, Any]]:
     """Whether loss falls with size at equal tokens, and with tokens at equal size.
 
     Args:
         table: the runs used.
         noise: standard deviation of log L about the law.
+        freedom: degrees of freedom that it was estimated with.
         exponents: intervals of alpha and beta, by which it is judged where no two runs are equal in the other variable.
     """
     made = {}
+    noise, freedom = min((noise, freedom), _additive_noise(table))
     for varied, equal, what, other, exponent in (
         ("parameters", "tokens", "model", "tokens", "alpha"),
         ("tokens", "parameters", "training", "size", "beta"),
     ):
         values, same = getattr(table, varied), getattr(table, equal)
         pairs = sum(len(groups(values[group])) > 1 for group in groups(same))
-        rises = find_rises(values, same, table.loss, noise)
+        # The difference of two runs, and as many differences as there are runs.
+        tolerance = noise * np.sqrt(2.0) * float(t.isf(_RISE_LEVEL / len(table.rows), freedom))
+        rises = find_rises(values, same, table.loss, tolerance)
         low, high = exponents[exponent]
         if rises:
             holds, why = False, f"not monotone: {_told(table, rises, what, other)}"
@@ -184,6 +194,25 @@ def judge_monotone(table: Table, noise: float, exponents: dict[str, tuple[float,
             why = f"no two runs of equal {other} differ in {varied}; {told}"
         made[varied] = {"holds": holds, "why": why}
     return made
+
+
+def _additive_noise(table: Table) -> tuple[float, int]:
+    """Noise (relative) about L = f(N) + g(D) with any f and g, and its degrees of freedom.
+
+    A law that cannot rise calls it noise when larger models are worse; where sizes and tokens were crossed, this does not.
+    """
+    found = [*groups(table.parameters), *groups(table.tokens)]
+    if len(found) > _CROSSED:
+        return np.inf, 1
+    design = np.zeros((table.loss.size, len(found)))
+    for column, group in enumerate(found):
+        design[group, column] = 1.0
+    freedom = table.loss.size - int(np.linalg.matrix_rank(design))
+    if freedom < 2:
+        return np.inf, 1
+    scaled = design / table.loss[:, None]
+    fitted = scaled @ np.linalg.lstsq(scaled, np.ones(table.loss.size), rcond=None)[0]
+    return max(float(np.sqrt(np.sum((1.0 - fitted) ** 2) / freedom)), _SAME), freedom
 
 
 def _told(table: Table, rises: Sequence[Rise], what: str, other: str) -> str:

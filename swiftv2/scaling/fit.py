@@ -10,7 +10,7 @@ from swiftv2.errors import UsageError
 from swiftv2.scaling.curves import envelope, envelope_indices, isoflop, loss_curve
 from swiftv2.scaling.diagnosis import CONSTANTS, FEW, find_off, groups, judge_monotone, refuse_degenerate, why_off
 from swiftv2.scaling.extrapolation import leave_largest_out
-from swiftv2.scaling.intervals import Interval, draw_laws, fit_robust, profile, resample_runs
+from swiftv2.scaling.intervals import Interval, RobustFit, draw_laws, fit_robust, profile, resample_runs
 from swiftv2.scaling.law import Floats, LawFit, Runs, fit_law, log_loss
 from swiftv2.scaling.repeated import repeated_law
 from swiftv2.scaling.table import Table
@@ -62,6 +62,56 @@ class Options:
             raise UsageError(f"--seed {self.seed}: give 0 or more")
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A law with what is known of its constants.
+
+    Attributes:
+        runs: all that it is fitted to.
+        fit: the published fit.
+        robust: the fit that intervals stand on; of few runs without those that are off.
+        off: by index, how many standard deviations a run lies above the law of the others.
+        intervals: of E, A, alpha, B, beta and a.
+        laws: (draws, 5) constants that the runs could have given.
+        many: whether runs were enough to be drawn with replacement.
+    """
+
+    runs: Runs
+    fit: LawFit
+    robust: RobustFit
+    off: Mapping[int, float]
+    intervals: list[Interval]
+    laws: Floats
+    many: bool
+
+    @property
+    def constants(self) -> Floats:
+        """E, A, alpha, B, beta of the published fit."""
+        return self.runs.to_constants(self.fit.coordinates)
+
+
+def estimate(runs: Runs, options: Options) -> Estimate:
+    """Fit the law to runs of which it can be told, with intervals and draws.
+
+    Args:
+        runs: at least six, of several sizes and tokens.
+        options: how; what is dropped is so already.
+    """
+    fit = fit_law(runs, options.delta)
+    everything = fit_robust(runs, fit.coordinates)
+    off, others = find_off(runs, everything)
+    many = runs.count >= MANY
+    robust, kept = (everything, runs) if many else (others, runs.without(*off))
+    constants = runs.to_constants(fit.coordinates)
+    intervals = _hold(profile(kept, robust, options.level, uneven=many), [*constants, _ratio(constants)])
+    generator = np.random.default_rng(options.seed)
+    if many:
+        draws = resample_runs(runs, fit, options.bootstraps, generator)
+    else:
+        draws = draw_laws(kept, robust, options.bootstraps, generator)
+    return Estimate(runs, fit, robust, off, intervals, runs.to_constants(draws), many)
+
+
 def fit_table(table: Table, options: Options | None = None) -> Tree:
     """Fit L = E + A N^-alpha + B D^-beta, with all that belongs to it.
 
@@ -79,47 +129,35 @@ def fit_table(table: Table, options: Options | None = None) -> Tree:
     options.check()
     used, dropped = _drop(table, options.drop_highest)
     refuse_degenerate(used)
-    runs = Runs.make(used.loss, used.parameters, used.tokens)
-    fit = fit_law(runs, options.delta)
-    everything = fit_robust(runs, fit.coordinates)
-    off, others = find_off(runs, everything)
-    many = runs.count >= MANY
-    robust, kept = (everything, runs) if many else (others, runs.without(*off))
-    constants = runs.to_constants(fit.coordinates)
-    intervals = _hold(profile(kept, robust, options.level, uneven=many), [*constants, _ratio(constants)])
-    generator = np.random.default_rng(options.seed)
-    if many:
-        draws = resample_runs(runs, fit, options.bootstraps, generator)
-    else:
-        draws = draw_laws(kept, robust, options.bootstraps, generator)
-    laws = runs.to_constants(draws)
+    found = estimate(Runs.make(used.loss, used.parameters, used.tokens), options)
+    intervals, off, level = found.intervals, found.off, options.level
     exponents = {"alpha": (intervals[2].low, intervals[2].high), "beta": (intervals[4].low, intervals[4].high)}
-    sound = used.take([i for i in range(runs.count) if i not in off])
+    sound = used.take([i for i in range(found.runs.count) if i not in off])
     tree: Tree = {
         "table": str(table.path),
-        "columns": _columns(table),
+        "columns": vars(table.columns),
         "rows": len(table.rows),
-        "used": runs.count,
+        "used": found.runs.count,
         "dropped": dropped,
-        "points": _points(used, runs, fit, off),
-        **dict(zip(NAMES, map(float, constants), strict=True)),
-        "objective": fit.objective,
+        "points": _points(used, found),
+        **dict(zip(NAMES, map(float, found.constants), strict=True)),
+        "objective": found.fit.objective,
         "delta": options.delta,
-        "starts": fit.starts,
-        "starts_in_best_basin": fit.starts_in_best_basin,
-        "a": _ratio(constants),
-        "b": 1.0 - _ratio(constants),
-        "standard_errors": _errors(laws),
-        "intervals": _interval_tree(intervals, options, many=many),
-        "draws": laws.tolist(),
-        "noise": robust.noise,
+        "starts": found.fit.starts,
+        "starts_in_best_basin": found.fit.starts_in_best_basin,
+        "a": _ratio(found.constants),
+        "b": 1.0 - _ratio(found.constants),
+        "standard_errors": _errors(found.laws),
+        "intervals": _interval_tree(found, options),
+        "draws": found.laws.tolist(),
+        "noise": found.robust.noise,
         "flops_per_parameter_token": _flops_per(used),
-        "curves": _curves(used, options),
-        "isoflop": isoflop(used, options.level),
-        "envelope": envelope(used, options.level),
-        "repeated": repeated_law(used, fit, options.level),
-        "extrapolation": leave_largest_out(used, off, options.delta, options.level, options.bootstraps, options.seed),
-        "monotone": judge_monotone(sound, robust.noise, exponents),
+        "curves": _curves(sound, options),
+        "isoflop": isoflop(sound, level),
+        "envelope": envelope(sound, level),
+        "repeated": repeated_law(used, found.fit, level),
+        "extrapolation": leave_largest_out(used, off, options.delta, level, options.bootstraps, options.seed),
+        "monotone": judge_monotone(sound, found.robust.noise, found.robust.freedom, exponents),
     }
     tree["warnings"] = _warnings(tree, intervals)
     return tree
@@ -132,12 +170,6 @@ def _drop(table: Table, count: int) -> tuple[Table, list[Tree]]:
     highest = sorted(int(i) for i in order[:count])
     dropped = [{"row": table.rows[i], "why": f"among the {count} highest losses (--drop-highest-losses)"} for i in highest]
     return table.take([i for i in range(len(table.rows)) if i not in set(highest)]), dropped
-
-
-def _columns(table: Table) -> Tree:
-    columns = table.columns
-    named = {"parameters": columns.parameters, "tokens": columns.tokens, "flops": columns.flops, "loss": columns.loss}
-    return named | {"unique": columns.unique}
 
 
 def _ratio(constants: Floats) -> float:
@@ -153,15 +185,18 @@ def _hold(intervals: list[Interval], values: list[float]) -> list[Interval]:
     ]
 
 
-def _interval_tree(intervals: list[Interval], options: Options, *, many: bool) -> Tree:
-    named = dict(zip((*NAMES, "a"), intervals, strict=True))
-    bootstrap = "runs drawn with replacement" if many else "residuals of the robust fit drawn anew, their scale too"
-    tree: Tree = {"level": options.level, "method": PROFILE, "bootstrap": bootstrap, "draws": options.bootstraps}
-    tree |= {name: [one.low, one.high] for name, one in named.items()}
-    tree["b"] = [1.0 - intervals[5].high, 1.0 - intervals[5].low]
+def _interval_tree(found: Estimate, options: Options) -> Tree:
+    named = dict(zip((*NAMES, "a"), found.intervals, strict=True))
+    tree: Tree = {
+        "level": options.level,
+        "method": PROFILE,
+        "bootstrap": "runs drawn with replacement" if found.many else "residuals of the robust fit drawn anew, their scale too",
+        "draws": options.bootstraps,
+        **{name: [one.low, one.high] for name, one in named.items()},
+        "b": [1.0 - named["a"].high, 1.0 - named["a"].low],
+    }
     sides = [(name, side) for name in named for side in ("low", "high")]
-    tree["open"] = [f"{name} {side}" for name, side in sides if getattr(named[name], f"open_{side}")]
-    return tree
+    return tree | {"open": [f"{name} {side}" for name, side in sides if getattr(named[name], f"open_{side}")]}
 
 
 def _errors(laws: Floats) -> Tree:
@@ -172,8 +207,9 @@ def _errors(laws: Floats) -> Tree:
     return errors | {"a": float(np.std(ratio, ddof=1)), "b": float(np.std(ratio, ddof=1))}
 
 
-def _points(used: Table, runs: Runs, fit: LawFit, off: Mapping[int, float]) -> list[Tree]:
-    fitted = log_loss(fit.coordinates[None], runs.logs)[0]
+def _points(used: Table, found: Estimate) -> list[Tree]:
+    runs, off = found.runs, found.off
+    fitted = log_loss(found.fit.coordinates[None], runs.logs)[0]
     points = []
     for index, row in enumerate(used.rows):
         residual = float(runs.target[index] - fitted[index])

@@ -24,6 +24,7 @@ _EXACT = 1e-9
 """Noise in log L below which runs lie on the law but for rounding."""
 _LOG_LIMIT = 600.0
 _SEARCHES = 60
+_THROW = 2.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def fit_robust(runs: Runs, start: Floats) -> RobustFit:
         before, noise = noise, _noise(residuals, freedom)
         if abs(noise - before) <= 1e-6 * noise:
             break
+    if noise <= _EXACT:
+        return RobustFit(here, noise, freedom, 2.0 / noise**2)
     scaled = residuals / noise
     inside = np.mean(np.abs(scaled) <= BEND)
     pull = np.sum(np.clip(scaled, -BEND, BEND) ** 2) / freedom
@@ -176,7 +179,8 @@ def _linear(row: Floats, robust: RobustFit, spread: Floats, uneven: Floats, limi
     basis = np.linalg.svd(row[None])[2][1:].T
 
     def hold(coordinates: Floats, value: float) -> tuple[Floats, Floats]:
-        moved = coordinates + towards * (value - row @ coordinates)
+        # A coordinate that means nothing to the losses, such as the log of an E near 0, would be thrown far off.
+        moved = coordinates + np.clip(towards * (value - row @ coordinates), -_THROW, _THROW)
         # Rounding and limits aside, the value is exactly there.
         return moved + row * ((value - row @ moved) / (row @ row)), basis
 
