@@ -14,8 +14,8 @@ from swiftv2.errors import UsageError
 from swiftv2.terminal import add_command, add_json, answer, table
 
 if TYPE_CHECKING:
-    from swiftv2.plan import RunPlan
     from swiftv2.plan.machines import Machine
+    from swiftv2.recipes.placing import Place
     from swiftv2.recipes.sizing import Family, Size
     from swiftv2.scaling.predict import Cost, Fit, Optimum, Reach
 
@@ -126,20 +126,19 @@ class _Answer:
     sizes: list["Size"]
     config: PretrainConfig
     rule: str
-    plan: "RunPlan | None"
+    place: "Place | None"
     warnings: list[str]
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from swiftv2.recipes.sizing import Family, find_machine
+    from swiftv2.recipes.placing import find_machine
+    from swiftv2.recipes.sizing import Family
     from swiftv2.scaling.predict import read_fit
 
     _check(arguments)
     machine = None if arguments.machine is None else find_machine(arguments.machine)
     fit = read_fit(arguments.fit)
     base = load(PretrainConfig, find_preset("pretrain", arguments.base), arguments.overrides)
-    if base.objective != "simmim":
-        raise UsageError(f"objective={base.objective}: FLOPs by stages are counted for objective=simmim alone; take that one")
     family = Family(base, brain=fit.columns.tokens == "brain_tokens")
     cost, warnings = _cost(fit, family, arguments)
     question = _Question(fit, family, cost, arguments)
@@ -196,41 +195,43 @@ def _cost(fit: "Fit", family: "Family", arguments: argparse.Namespace) -> tuple[
 
 def _by_flops(question: _Question, machine: "Machine | None") -> _Answer:
     """For a budget of FLOPs, or for a size and tokens."""
-    from swiftv2.recipes.sizing import configure, place
+    from swiftv2.recipes.placing import place
+    from swiftv2.recipes.sizing import configure
 
     arguments = question.arguments
     found, far, warnings = _advised(question, arguments.budget)
     sizes = question.sizes(found)
     steps = question.steps(sizes[0], found.flops)
     config, rule, said = configure(question.family, sizes[0].width, steps, arguments.lr)
-    plan = None
+    placed = None
     if machine is not None:
-        config, plan = place(config, machine, nodes=arguments.nodes, hours=arguments.hours, mfu=_mfu(arguments))
-    return _Answer(found, far, sizes, config, rule, plan, [*warnings, *said])
+        placed = place(config, machine, _mfu(arguments), nodes=arguments.nodes, hours=arguments.hours)
+        config = placed.config
+    return _Answer(found, far, sizes, config, rule, placed, [*warnings, *said])
 
 
 def _by_time(question: _Question, machine: "Machine") -> _Answer:
     """For nodes and hours: their FLOPs depend on the size, so the size is chosen anew by what the last one reached."""
-    from swiftv2.recipes.sizing import affordable, configure, lasting, place
+    from swiftv2.recipes.placing import place
+    from swiftv2.recipes.sizing import configure
 
     arguments = question.arguments
     gpu, mfu = machine.gpu, _mfu(arguments)
     peak = gpu.peak_bf16_flops if question.family.base.engine.precision == "bf16" else gpu.peak_fp32_flops
     flops = arguments.nodes * machine.gpus_per_node * peak * mfu * arguments.hours * 3600
-    planned: dict[int, tuple[PretrainConfig, RunPlan]] = {}
+    places: dict[int, Place] = {}
     for _ in range(_ROUNDS):
         found, far, warnings = _advised(question, flops)
         sizes = question.sizes(found)
         width = sizes[0].width
-        if width in planned:
+        if width in places:
             break
-        trial, rule, _ = configure(question.family, width, question.steps(sizes[0], flops), arguments.lr)
-        planned[width] = place(trial, machine, nodes=arguments.nodes, hours=None, mfu=mfu)
-        steps = affordable(planned[width][1], arguments.hours)
-        flops = steps * trial.train.global_batch * float(question.family.clip_flops(width))
-    placed, plan = planned[width]
-    config, rule, said = configure(question.family, width, affordable(plan, arguments.hours), arguments.lr)
-    return _Answer(found, far, sizes, lasting(config, placed), rule, plan, [*warnings, *said])
+        trial = configure(question.family, width, question.steps(sizes[0], flops), arguments.lr)[0]
+        places[width] = place(trial, machine, mfu, nodes=arguments.nodes)
+        clips = places[width].affords(arguments.hours) * trial.train.global_batch
+        flops = clips * float(question.family.clip_flops(width))
+    config, rule, said = configure(question.family, width, places[width].affords(arguments.hours), arguments.lr)
+    return _Answer(found, far, sizes, places[width].lasting(config), rule, places[width], [*warnings, *said])
 
 
 def _advised(question: _Question, flops: float) -> tuple["Optimum", "Reach", list[str]]:
@@ -260,27 +261,27 @@ def _mfu(arguments: argparse.Namespace) -> float:
 
 def _tree(question: _Question, made: _Answer, machine: "Machine | None") -> dict[str, Any]:
     """The answer as plain values."""
-    from swiftv2.plan import plan_model
-    from swiftv2.recipes.sizing import hours_of
-    from swiftv2.scaling.predict import loss_of
+    from swiftv2.scaling.predict import loss_of, repeated_loss
 
     fit, arguments, config, found = question.fit, question.arguments, made.config, made.found
-    size, steps, model = made.sizes[0], config.train.max_steps, plan_model(config.model)
+    size, steps, held = made.sizes[0], config.train.max_steps, question.family.holdings(made.sizes[0].width)
     tokens, clips = question.seen(size, steps), steps * config.train.global_batch
-    loss, warnings = loss_of(fit, model.encoder_parameters, tokens), [*made.warnings]
+    loss, warnings = loss_of(fit, held.parameters, tokens), [*made.warnings]
     flops = {part: clips * count for part, count in question.family.flops(size.width).items()}
     if not 0.9 < flops["total"] / found.flops < 1.1:
         warnings.append(f"by stages the run takes {flops['total']:.3g} FLOPs, not {found.flops:.3g}")
-    epochs = None if arguments.unique is None else tokens / arguments.unique
+    unique = arguments.unique
+    epochs = None if unique is None else tokens / unique
+    repeated = None if unique is None else repeated_loss(fit, held.parameters, tokens, unique)
     if epochs is not None and epochs > FEW_EPOCHS:
-        warnings.append(f"{epochs:.1f} passes over {arguments.unique:.3g} unique tokens: the law knows new tokens alone")
-    plan, sure = made.plan, arguments.parameters is None
-    likely, fast, slow = (None, None, None) if plan is None else hours_of(plan, steps)
+        warnings.append(f"{epochs:.1f} passes over {unique:.3g} unique tokens: the law takes all of them for new ones")
+    place, sure = made.place, arguments.parameters is None
+    likely, fast, slow = (None, None, None) if place is None else place.hours(steps)
     name = config.model.name
     return {
         "budget": {
             "flops": found.flops,
-            "node_hours": None if plan is None or likely is None else plan.nodes * likely,
+            "node_hours": None if place is None or likely is None else place.nodes * likely,
         },
         "cost": f"{fit.k:g} N D" if question.cost is None else f"stages of {arguments.base}",
         "parameters": found.parameters.value,
@@ -292,21 +293,23 @@ def _tree(question: _Question, made: _Answer, machine: "Machine | None") -> dict
         "level": fit.level,
         "lr": config.optimizer.lr,
         "lr_rule": made.rule,
-        "nodes": None if plan is None else plan.nodes,
+        "nodes": None if place is None else place.nodes,
         "hours": likely,
-        "hours_interval": None if plan is None else [fast, slow],
+        "hours_interval": None if place is None else [fast, slow],
         "machine": None if machine is None else machine.name,
         "size": name,
         "embed_dim": config.model.embed_dim,
         "run": {
-            "parameters": model.encoder_parameters,
-            "decoder_parameters": model.decoder_parameters,
+            "parameters": held.parameters,
+            "decoder_parameters": held.decoder_parameters,
             "tokens": tokens,
             "patches": clips * question.family.patches,
             "epochs": epochs,
+            "loss_repeated": repeated,
             "steps": steps,
             "global_batch": config.train.global_batch,
             "micro_batch": config.train.micro_batch,
+            "gpu_memory_bytes": None if place is None else place.memory_bytes,
             "flops": flops["total"],
             "loss": loss.value,
             "loss_interval": list(loss[1:]),

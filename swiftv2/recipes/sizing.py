@@ -1,25 +1,20 @@
-"""Sizes of a model's family: what a width holds and costs, the run that trains it, and the nodes and hours that it takes."""
+"""Sizes of a model's family: what a width holds and costs, and the run that trains it."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from swiftv2.config.load import build, find_preset, load, load_model, override, presets_root
+from swiftv2.config.load import build, find_preset, load, load_model, presets_root
 from swiftv2.config.model import ModelConfig
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.errors import UsageError
-from swiftv2.models.flops import forward_flops
-from swiftv2.models.geometry import patches_with_brain, stage_grids
-from swiftv2.plan.machines import Machine, gpu_names, machine, machine_names, machine_of
-from swiftv2.plan.memory import Passes
-from swiftv2.plan.model import plan_model
-from swiftv2.plan.run import BACKWARD, RunPlan, Work, plan_run
-from swiftv2.recipes.planning import counted_flops, find_window, layout, passes
+from swiftv2.plan.run import BACKWARD
+from swiftv2.recipes.holdings import Counter, Holdings
 
 Numbers = NDArray[np.float64]
 HEAD_MULTIPLE = 8
@@ -31,7 +26,7 @@ WARMUP_SHARE = 10
 """A run's warm-up is at most one step in so many."""
 _ROTARY = 6
 """Least head dimension of rotary embeddings."""
-_SAME = 0.005
+_SAME = 0.003
 """How far counts of parameters may differ that are of the same width."""
 _NOT_ITS_SIZE = (
     *("name", "drop_path", "parametrisation", "base_embed_dim"),
@@ -61,6 +56,7 @@ class Family:
     """The run whose model is scaled."""
     brain: bool = False
     """Whether tokens are those patches alone that hold brain."""
+    _counter: Counter = field(default_factory=Counter, init=False, repr=False, compare=False)
 
     @cached_property
     def step(self) -> int:
@@ -88,23 +84,33 @@ class Family:
     @cached_property
     def patches(self) -> int:
         """Tokens of a clip at the first stage, background counted."""
-        return math.prod(stage_grids(self.base.model, (*self.base.model.image_size, self.base.clip.frames))[0])
+        return self.holdings(self.base.model.embed_dim).tokens_per_clip
 
     @cached_property
-    def clip_tokens(self) -> float:
-        """Tokens of a clip as the law counts them."""
+    def clip_tokens(self) -> int:
+        """Tokens of a clip as the law counts them.
+
+        Raises:
+            UsageError: they are those with brain, and there is no store that tells which.
+        """
         if not self.brain:
-            return float(self.patches)
-        window = find_window(self.base)
-        places = patches_with_brain(window.brain[None], self.base.model.patch_size)
-        return float(int(places.sum()) * -(-self.base.clip.frames // self.base.model.patch_size[3]))
+            return self.patches
+        brain = self.holdings(self.base.model.embed_dim).brain_tokens_per_clip
+        if brain is None:
+            raise UsageError(
+                f"the law counts brain tokens, and {self.base.data.store} is not there to tell which: data.store=PATH"
+            )
+        return brain
+
+    def holdings(self, width: int) -> Holdings:
+        """What a width holds and costs, counted as in the table of a ladder."""
+        return self._counter.hold(self._at(width))
 
     def model(self, width: int) -> ModelConfig:
         """The configuration of a width; a shipped model keeps its name, others are called by their parameters."""
-        tree = {**self.base.model.model_dump(mode="json"), "embed_dim": width}
-        made = build(ModelConfig, tree, where=f"{self.base.model.name} at width {width}")
+        made = self._at(width).model
         name = next((name for name in _presets("model") if _alike(made, load_model(name))), None)
-        return made.model_copy(update={"name": name or _spoken(plan_model(made).encoder_parameters)})
+        return made.model_copy(update={"name": name or _spoken(self.holdings(width).parameters)})
 
     def parameters(self, width: Numbers | float) -> Numbers:
         """Encoder parameters by width, also between widths that there are."""
@@ -130,17 +136,21 @@ class Family:
         return abs(float(self.parameters(nearest)) / parameters - 1) < _SAME
 
     def flops(self, width: int) -> dict[str, int]:
-        """FLOPs of training on one clip by part of the model: the keys of `forward_flops`."""
-        model = self.base.model.model_copy(update={"embed_dim": width, "frames": self.base.clip.frames})
-        return {part: (1 + BACKWARD) * count for part, count in forward_flops(model).items()}
+        """FLOPs of training on one clip by part of the model: the keys of `swiftv2.models.flops.forward_flops`."""
+        return {part: (1 + BACKWARD) * count for part, count in self.holdings(width).forward_flops.items()}
 
     @cached_property
     def _polynomials(self) -> tuple[Numbers, Numbers]:
         """Both are quadratic in the width: of products of two widths, of tables and biases, and of what has no width."""
         widths = self.gpu_step * np.array([1, 2, 4])
-        counts = [plan_model(self.base.model.model_copy(update={"embed_dim": int(w)})).encoder_parameters for w in widths]
-        flops = [self.flops(int(w))["total"] for w in widths]
+        held = [self.holdings(int(width)) for width in widths]
+        counts, flops = [one.parameters for one in held], [one.training_flops for one in held]
         return np.polyfit(widths, counts, 2), np.polyfit(widths, flops, 2)
+
+    def _at(self, width: int) -> PretrainConfig:
+        tree = {**self.base.model.model_dump(mode="json"), "embed_dim": width}
+        model = build(ModelConfig, tree, where=f"{self.base.model.name} at width {width}")
+        return self.base.model_copy(update={"model": model})
 
 
 def near(
@@ -207,130 +217,6 @@ def configure(family: Family, width: int, steps: int, rate: float | None = None)
     tree["schedule"]["warmup_steps"] = warmup
     tree["train"]["max_steps"] = steps
     return build(PretrainConfig, tree, where=f"the run of {model.name}"), rule, warnings
-
-
-def find_machine(name: str) -> Machine:
-    """A machine by its name or by that of its GPU.
-
-    Raises:
-        UsageError: there is none; the message names those that are.
-    """
-    if name in machine_names():
-        return machine(name)
-    if name in gpu_names():
-        return machine_of(name)
-    raise UsageError(f"no machine is named {name!r}; there are {', '.join([*machine_names(), *gpu_names()])}")
-
-
-def place(
-    config: PretrainConfig, where: Machine, *, nodes: int | None, hours: float | None, mfu: float
-) -> tuple[PretrainConfig, RunPlan]:
-    """A run on the nodes asked for, or on as few as it fits, in no more hours than are given.
-
-    Micro-batch, ZeRO stage and checkpointing are changed where the run as configured does not fit the memory.
-
-    Returns:
-        The run as it fits, and its plan.
-
-    Raises:
-        UsageError: it fits nowhere, takes too long everywhere, or cannot be split over the nodes.
-    """
-    if nodes is not None and not 1 <= nodes <= where.nodes:
-        raise UsageError(f"--nodes {nodes}: {where.name} has 1 to {where.nodes} nodes")
-    ranks = where.gpus_per_node
-    batch = config.train.global_batch
-    counts = [n for n in range(1, where.nodes + 1) if batch % (n * ranks) == 0]
-    if nodes is not None:
-        if nodes not in counts:
-            fitting = ", ".join(map(str, counts)) or "none"
-            raise UsageError(
-                f"train.global_batch={batch} cannot be split over {nodes * ranks} GPUs ({nodes} nodes of {where.name}); "
-                f"nodes that work: {fitting}"
-            )
-        counts = [nodes]
-    if not counts:
-        raise UsageError(f"train.global_batch={batch} cannot be split over the {ranks} GPUs of a node of {where.name}")
-    work, short, slowest = _work(config), math.inf, math.inf
-    for count in counts:
-        plan = partial(plan_run, work=work, nodes=count, gpu=where.gpu.name, mfu=mfu)
-        for changed, made in _fitting(config, plan, count * ranks):
-            if not made.fits:
-                short = min(short, made.memory.total - made.memory_bytes)
-                continue
-            taken = hours_of(made, config.train.max_steps)[0]
-            if hours is None or taken <= hours:
-                return changed, made
-            slowest = min(slowest, taken)
-            break
-    most = f"{counts[-1]} node{'s' if counts[-1] > 1 else ''} of {where.name}"
-    if slowest < math.inf:
-        raise UsageError(
-            f"{config.model.name} takes {slowest:,.1f} h on {most}, the most that train.global_batch={batch} splits over, not "
-            f"{hours:g} h: give more hours or a smaller budget"
-        )
-    raise UsageError(
-        f"{config.model.name} does not fit {most}: {short / 1e9:,.1f} GB short on each GPU with one clip at a time and all "
-        "stages recomputed; give more nodes, another machine or a smaller budget"
-    )
-
-
-def hours_of(plan: RunPlan, steps: int) -> tuple[float, float, float]:
-    """Hours of so many steps of a planned run: likely, with a fast network, with a slow one."""
-    rates = (plan.points[name]["clips_per_second"] for name in ("likely", "fast", "slow"))
-    likely, fast, slow = (steps * plan.global_batch / rate / 3600 for rate in rates)
-    return likely, fast, slow
-
-
-def affordable(plan: RunPlan, hours: float) -> int:
-    """Steps of a planned run that so many hours suffice for."""
-    rate: float = plan.points["likely"]["clips_per_second"]
-    return math.floor(hours * 3600 * rate / plan.global_batch)
-
-
-def lasting(config: PretrainConfig, placed: PretrainConfig) -> PretrainConfig:
-    """A run with what `place` changed in another one of the same model, which may have other steps."""
-    train = config.train.model_copy(update={"micro_batch": placed.train.micro_batch})
-    return config.model_copy(update={"model": placed.model, "engine": placed.engine, "train": train})
-
-
-def _fitting(
-    config: PretrainConfig, plan: Callable[[PretrainConfig], RunPlan], ranks: int
-) -> Iterator[tuple[PretrainConfig, RunPlan]]:
-    """Plans of a run on so many ranks, from the run as configured on to what takes least memory."""
-    share = config.train.global_batch // ranks
-    most = config.train.micro_batch or share
-    first = _with(config, f"train.micro_batch={next(n for n in range(min(most, share), 0, -1) if share % n == 0)}")
-    made = plan(first)
-    yield first, made
-    for word in made.remedies:
-        if not word.startswith("--"):
-            eased = _with(first, word)
-            yield eased, plan(eased)
-    stages = list(range(len(config.model.depths)))
-    words = ["train.micro_batch=1", f"model.checkpoint_stages={stages}", "model.checkpoint_keep=nothing"]
-    if config.engine.backend == "deepspeed":
-        words.append("engine.zero_stage=2")
-    least = _with(first, *words)
-    yield least, plan(least)
-
-
-def _work(config: PretrainConfig) -> Work:
-    """What plans of a run are made from, on any number of nodes: passes are recorded once a model."""
-    window = find_window(config)
-
-    @cache
-    def of(model: ModelConfig) -> Passes:
-        return passes(config.model_copy(update={"model": model}), window)
-
-    flops = counted_flops(config, window)
-    return Work(lambda changed: of(changed.model), layout(config), plan_model(config.model), flops, window.source)
-
-
-def _with(config: PretrainConfig, *words: str) -> PretrainConfig:
-    tree: dict[str, Any] = config.model_dump(mode="json")
-    for word in words:
-        override(tree, word)
-    return build(PretrainConfig, tree, where=config.model.name, overrides=words)
 
 
 def _rate(base: PretrainConfig, model: ModelConfig, rate: float | None) -> tuple[float, str, list[str]]:

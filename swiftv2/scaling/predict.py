@@ -4,18 +4,19 @@ The law is L(N, D) = E + A N^-alpha + B D^-beta (Hoffmann et al. 2022, arXiv 220
 the fitted table counts them, budgets are FLOPs of a whole training, losses those of the table.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
-from scipy.stats import norm
+from scipy.stats import t
 
 from swiftv2.errors import SwiftError, UsageError
 from swiftv2.files import read_json
+from swiftv2.scaling.repeated import effective_tokens
 
 Numbers = NDArray[np.float64]
 Cost = Callable[[Numbers], Numbers]
@@ -32,7 +33,7 @@ FEWEST_POINTS = 6
 """One more than the law's constants: with fewer points nothing is left to judge the fit by."""
 _SEARCHED = (1e3, 1e15)
 _GRID, _ZOOMS, _ZOOM_GRID = 481, 5, 33
-_NOISE_QUANTILES = norm.ppf((np.arange(101) + 0.5) / 101)
+_NOISE_SHARES = (np.arange(101) + 0.5) / 101
 
 
 class Estimate(NamedTuple):
@@ -50,19 +51,28 @@ class _Part(BaseModel):
 class _Columns(_Part):
     parameters: str
     tokens: str | None
-    flops: str | None = None
 
 
 class _Point(_Part):
     parameters: PositiveFloat
     tokens: PositiveFloat
     flops: PositiveFloat
-    off: bool = False
+    off: bool
+
+
+class _Intervals(_Part):
+    level: Annotated[float, Field(gt=0, lt=1)]
+    alpha: tuple[float, float]
+    beta: tuple[float, float]
+
+
+class _Factor(_Part):
+    value: PositiveFloat
 
 
 class _Trend(_Part):
-    holds: bool | None
-    why: str | None = None
+    holds: bool
+    why: str
 
 
 class _Monotone(_Part):
@@ -70,33 +80,44 @@ class _Monotone(_Part):
     tokens: _Trend
 
 
-class Fit(_Part):
-    """What a prediction needs of the tree that `sweep fit` writes."""
-
-    columns: _Columns
-    """The table's columns; tokens is None where they were derived from FLOPs."""
-    points: Annotated[tuple[_Point, ...], Field(min_length=1)]
-    """The runs fitted."""
+class _Constants(_Part):
     E: float = Field(ge=0)
     A: PositiveFloat
     alpha: float
     B: PositiveFloat
     beta: float
-    intervals: Mapping[str, Any]
-    """By constant (low, high); and `level`."""
+
+    @property
+    def constants(self) -> Numbers:
+        """(5,): in the order of CONSTANTS."""
+        return np.array([getattr(self, name) for name in CONSTANTS], dtype=np.float64)
+
+
+class _Repeated(_Part):
+    R_star: PositiveFloat
+    constants: _Constants
+
+
+class _Refused(_Part):
+    refused: str
+
+
+class Fit(_Constants):
+    """What a prediction needs of the tree that `sweep fit` writes; docs/scaling.md tells what each of it is."""
+
+    columns: _Columns
+    points: Annotated[tuple[_Point, ...], Field(min_length=1)]
+    intervals: _Intervals
     draws: Annotated[tuple[tuple[float, float, float, float, float], ...], Field(min_length=2)]
-    """Constants of refits, in the order of CONSTANTS."""
     noise: float = Field(ge=0)
-    """Standard deviation of log L between a run and the law."""
-    flops_per_parameter_token: PositiveFloat | Mapping[str, Any]
-    """k of C = k N D."""
+    flops_per_parameter_token: _Factor
     monotone: _Monotone
-    """Whether losses fall with parameters and with tokens."""
+    repeated: _Repeated | _Refused
 
     @property
     def level(self) -> float:
         """Probability that intervals claim."""
-        return float(self.intervals["level"])
+        return self.intervals.level
 
     @property
     def derived(self) -> bool:
@@ -106,23 +127,17 @@ class Fit(_Part):
     @property
     def k(self) -> float:
         """FLOPs of a token and parameter."""
-        k = self.flops_per_parameter_token
-        return float(k["value"]) if isinstance(k, Mapping) else k
-
-    @property
-    def constants(self) -> Numbers:
-        """(5,): in the order of CONSTANTS."""
-        return np.array([getattr(self, name) for name in CONSTANTS], dtype=np.float64)
+        return self.flops_per_parameter_token.value
 
     @property
     def refits(self) -> Numbers:
         """(draws, 5)."""
         return np.array(self.draws, dtype=np.float64)
 
-    def interval(self, constant: str) -> tuple[float, float]:
-        """Interval of a constant."""
-        low, high = self.intervals[constant]
-        return float(low), float(high)
+    @property
+    def sound(self) -> list[_Point]:
+        """Runs that are not off the law."""
+        return [point for point in self.points if not point.off]
 
 
 @dataclass(frozen=True)
@@ -153,19 +168,13 @@ def read_fit(path: Path) -> Fit:
     """
     again = "give the fit.json that `swiftv2 sweep fit` of this version writes"
     try:
-        fit = Fit.model_validate(read_json(path))
+        return Fit.model_validate(read_json(path))
     except SwiftError as error:
         raise UsageError(f"{error}; {again}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise UsageError(f"{path}: no fit of this version ({place}: {first['msg']}); {again}") from error
-    missing = next((name for name in ("level", *CONSTANTS) if not _sound(name, fit.intervals.get(name))), None)
-    if missing is not None:
-        raise UsageError(f"{path}: no fit of this version (intervals.{missing} is missing or no number); {again}")
-    if not _sound("k", fit.flops_per_parameter_token):
-        raise UsageError(f"{path}: no fit of this version (flops_per_parameter_token has no value); {again}")
-    return fit
 
 
 def law(constants: Numbers, parameters: Numbers | float, tokens: Numbers | float) -> Numbers:
@@ -177,14 +186,26 @@ def law(constants: Numbers, parameters: Numbers | float, tokens: Numbers | float
         tokens: trained on.
     """
     e, a, alpha, b, beta = np.moveaxis(constants, -1, 0)
-    return np.asarray(e + a * np.power(parameters, -alpha) + b * np.power(tokens, -beta), dtype=np.float64)
+    # In logarithms, since a steep law has an A or a B that no float holds well.
+    terms = (np.log(a) - alpha * np.log(parameters), np.log(b) - beta * np.log(tokens))
+    return np.asarray(e + np.exp(terms[0]) + np.exp(terms[1]), dtype=np.float64)
 
 
 def loss_of(fit: Fit, parameters: float, tokens: float) -> Estimate:
     """The loss of one run of that size on so many tokens; the interval holds run-to-run noise too."""
     logs = np.log(law(fit.refits, parameters, tokens))
-    low, high = _quantiles(np.add.outer(logs, fit.noise * _NOISE_QUANTILES).ravel(), fit.level)
-    return Estimate(float(law(fit.constants, parameters, tokens)), float(np.exp(low)), float(np.exp(high)))
+    noise = fit.noise * t.ppf(_NOISE_SHARES, max(1, len(fit.sound) - len(CONSTANTS)))
+    value = float(law(fit.constants, parameters, tokens))
+    low, high = _quantiles(np.add.outer(logs, noise).ravel(), fit.level)
+    return Estimate(value, min(value, float(np.exp(low))), max(value, float(np.exp(high))))
+
+
+def repeated_loss(fit: Fit, parameters: float, tokens: float, unique: float) -> float | None:
+    """The same by the law of repeated data, in which tokens seen again count for less; None where none was fitted."""
+    if isinstance(fit.repeated, _Refused):
+        return None
+    worth = effective_tokens(np.array(tokens), np.array(min(unique, tokens)), fit.repeated.R_star)
+    return float(law(fit.repeated.constants.constants, parameters, worth))
 
 
 def optimum(fit: Fit, flops: float, cost: Cost | None = None, between: tuple[float, float] = _SEARCHED) -> Optimum:
@@ -235,7 +256,7 @@ def reach(fit: Fit, flops: float, cost: Cost | None = None) -> Reach:
         cost: FLOPs of a token by parameters, as `optimum` takes it.
     """
     parameters, tokens, counted = (
-        np.array([getattr(point, name) for point in fit.points]) for name in ("parameters", "tokens", "flops")
+        np.array([getattr(point, name) for point in fit.sound]) for name in ("parameters", "tokens", "flops")
     )
     factor = flops / float(np.max(counted if cost is None else cost(parameters) * tokens))
     return Reach(factor, "within" if factor <= 1 else "near" if factor <= NEAR else "far")
@@ -259,16 +280,16 @@ def judge(fit: Fit, found: Optimum, far: Reach) -> tuple[list[str], list[str]]:
             f"({found.parameters.low:.2g} to {found.parameters.high:.2g})"
         )
     for name, axis in (("alpha", "parameters"), ("beta", "tokens")):
-        low, high = fit.interval(name)
+        low, high = getattr(fit.intervals, name)
         if low <= 0 or getattr(fit, name) <= 0:
             refusals.append(
                 f"the {fit.level:.0%} interval of {name} ({low:.3g} to {high:.3g}) holds 0: that more {axis} help is not shown"
             )
     for axis, trend in (("parameters", fit.monotone.parameters), ("tokens", fit.monotone.tokens)):
-        if trend.holds is False:
-            said = f"the fitted losses do not fall with {axis}" + (f" ({trend.why})" if trend.why else "")
+        if not trend.holds:
+            said = f"the fitted losses do not fall with {axis} ({trend.why})"
             (warnings if far.verdict == "within" else refusals).append(said)
-    used = len(fit.points)
+    used = len(fit.sound)
     if used < FEWEST_POINTS:
         refusals.append(f"the law's 5 constants were fitted to {used} points, which leaves nothing to judge them by")
     elif used < FEW_POINTS:
@@ -300,22 +321,12 @@ def _least(constants: Numbers, flops: float, cost: Cost, between: tuple[float, f
 
 
 def _estimate(values: Numbers, level: float) -> Estimate:
-    """The first of the values, between quantiles of the others."""
+    """The first of the values, between quantiles of the others, which are stretched to hold it."""
+    value = float(values[0])
     low, high = _quantiles(values[1:], level)
-    return Estimate(float(values[0]), float(low), float(high))
+    return Estimate(value, min(value, low), max(value, high))
 
 
 def _quantiles(values: Numbers, level: float) -> tuple[float, float]:
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-def _sound(name: str, value: Any) -> bool:
-    """Whether an entry of the tree is what `Fit` takes it for."""
-    if name == "level":
-        return isinstance(value, int | float) and 0 < value < 1
-    if name == "k":
-        return isinstance(value, int | float) or isinstance(value.get("value"), int | float)
-    return (
-        isinstance(value, list) and len(value) == 2 and all(isinstance(end, int | float) and np.isfinite(end) for end in value)
-    )
