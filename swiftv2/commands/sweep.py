@@ -14,7 +14,7 @@ from swiftv2.cluster.elements import ElementState, ask_slurm, element_states
 from swiftv2.cluster.local import Outcome, local_commands, run_here
 from swiftv2.cluster.slurm import Job
 from swiftv2.cluster.sweep import Request, Submission, rehearse, submit
-from swiftv2.commands import sweep_coordinates, sweep_fit, sweep_ladder, sweep_predict
+from swiftv2.commands import sweep_coordinates, sweep_fit, sweep_ladder, sweep_predict, sweep_transfer
 from swiftv2.config.ladder import is_ladder
 from swiftv2.config.sweep import SweepConfig, load_sweep
 from swiftv2.errors import SwiftError, UsageError
@@ -57,7 +57,7 @@ def add(verbs: Any) -> None:
     parser = add_command(verbs, "status", _status, text, ["swiftv2 sweep status scaling/sweeps/learning_rate_5M.yaml"])
     add_json(parser)
     parser.add_argument("file", type=Path, help=FILE)
-    for module in (sweep_ladder, sweep_fit, sweep_predict, sweep_coordinates):
+    for module in (sweep_ladder, sweep_fit, sweep_predict, sweep_transfer, sweep_coordinates):
         module.add(verbs)
 
 
