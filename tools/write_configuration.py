@@ -8,6 +8,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from swiftv2.config.data import GridConfig
+from swiftv2.config.ladder import LadderConfig
+from swiftv2.config.ladder_parts import LadderMask, LadderSize, LadderSubjects
 from swiftv2.config.load import describe
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.config.synth import SynthConfig
@@ -27,6 +29,10 @@ TABLES: tuple[tuple[str, str, type[BaseModel], str], ...] = (
     ("Pretraining", "`swiftv2 pretrain CONFIG`, presets in `configs/pretrain`.", PretrainConfig, ""),
     ("The store's grid", "`swiftv2 store build SOURCE STORE grid.key=value`.", GridConfig, "grid."),
     ("A generated cohort", "`swiftv2 store synth FOLDER key=value`, presets in `configs/synth`.", SynthConfig, ""),
+    ("A ladder", "`swiftv2 sweep plan LADDER`, shipped in `scaling/ladders` ([ladders](ladders.md)).", LadderConfig, ""),
+    ("Sizes of a ladder", "Each of `sizes`.", LadderSize, ""),
+    ("Masks of a ladder", "Each of `mask`.", LadderMask, ""),
+    ("Subjects of a ladder", "Each of `subjects`.", LadderSubjects, ""),
 )
 
 

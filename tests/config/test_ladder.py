@@ -1,5 +1,6 @@
 """What a ladder's file may say, and which runs come of it: names, steps, rates, branches, resources."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swiftv2.config.ladder import Facts, LadderConfig, Rung, is_ladder, load_ladder
+from swiftv2.cluster.sweep import resolve
+from swiftv2.config.ladder import Facts, LadderConfig, Rung, Variant, is_ladder, load_ladder
 from swiftv2.config.load import build, find_preset, load
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.errors import UsageError
@@ -180,10 +182,20 @@ def test_a_ladder_is_told_from_a_sweep(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", LADDERS, ids=lambda path: str(path.stem))
-def test_the_shipped_ladders_are_ladders(path: Path) -> None:
+def test_the_shipped_ladders_make_runs_that_are_configured_well(path: Path) -> None:
     made = load_ladder(path)
     assert made.folder == Path("runs") / path.stem
-    assert len(made.outline().names()) > 1
+
+    def facts(variant: Variant) -> Facts:
+        config = load(PretrainConfig, find_preset("pretrain", made.config), (*made.common, *variant.words))
+        shape = zip((*config.model.image_size, config.clip.frames), config.model.patch_size, strict=True)
+        tokens = math.prod(-(-size // patch) for size, patch in shape)
+        return Facts(7_000_000, tokens, tokens / 2, 4e11, config.train.global_batch)
+
+    sweep = made.sweep(made.rungs(facts))
+    configs = resolve(sweep, ["data.store=cohort.zarr"])
+    assert len({config.run.dir for config in configs}) == len(configs) > 1
+    assert {config.model.name for config in configs} == {size.name for size in made.sizes}
 
 
 # What is refused
