@@ -60,7 +60,11 @@ class LadderBudgets(_Part):
 
     def named(self) -> tuple[tuple[str, BudgetKind, float], ...]:
         """(name, kind, value) of each budget."""
-        lists = (("tokens", self.tokens), ("tokens_per_parameter", self.tokens_per_parameter), ("flops", self.flops))
+        lists: tuple[tuple[BudgetKind, tuple[float, ...]], ...] = (
+            ("tokens", self.tokens),
+            ("tokens_per_parameter", self.tokens_per_parameter),
+            ("flops", self.flops),
+        )
         return tuple((f"{_MARKS[kind]}_{short(value)}", kind, value) for kind, values in lists for value in values)
 
 
