@@ -20,6 +20,7 @@ NEAR = 0.02
 _LINE = 0.02
 """Runs whose log N and log D stray no further from a line than this tell no two exponents apart."""
 _SAME = 1e-9
+_NEVER_OFF = 2.5
 _OFF_LEVEL = 0.01
 _OFF_SHARE, _OFF_MOST = 6, 12
 _RISE_LEVEL = 0.05
@@ -102,6 +103,8 @@ def find_off(runs: Runs, robust: RobustFit) -> tuple[dict[int, float], RobustFit
     Returns:
         By index of the run, how many standard deviations it lies above (or, negative, below) the law of the others.
     """
+    if np.max(np.abs(_distances(runs, robust, range(runs.count)))) < _NEVER_OFF:
+        return {}, robust
     most = min(runs.count // _OFF_SHARE, robust.freedom - 2, _OFF_MOST)
     left, fit = list(range(runs.count)), robust
     out: list[tuple[int, float]] = []

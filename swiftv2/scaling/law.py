@@ -21,12 +21,12 @@ FLOOR = 14.0
 """log E goes no lower than this below the lowest log loss: there, E is nothing to any loss."""
 EXPONENT = 12.0
 """Exponents stay within this, either way."""
-_STARTS_E = (0.02, 0.3, 0.6, 0.85, 0.97)
-_STARTS_EXPONENT = (0.1, 0.3, 0.6, 1.2)
+_STARTS_E = (0.02, 0.4, 0.75, 0.95)
+_STARTS_EXPONENT = (0.15, 0.4, 1.0)
 _STARTS_SHARE = (0.1, 0.5, 0.9)
-_TOLERANCE = 1e-11
+_TOLERANCE, _ROUGH = 1e-9, 1e-6
 _BASIN = 1e-3
-_FINE = 1e-9
+_FINE = 1e-11
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,7 @@ def refine(
     weights: Floats | float = 1.0,
     basis: Floats | None = None,
     iterations: int = 200,
+    tolerance: float = _TOLERANCE,
 ) -> tuple[Floats, Floats]:
     """Fit many laws at once, each from its own start: Levenberg-Marquardt steps on reweighted squares (Huber's weights).
 
@@ -159,6 +160,7 @@ def refine(
         weights: of the runs, such as how often a bootstrap drew them: (S, n).
         basis: (S, P, F) directions in which coordinates may move; all when None.
         iterations: at most so many steps.
+        tolerance: a fit whose objective falls by less than this part of it, twice, is done.
 
     Returns:
         Coordinates (S, P) and objectives (S,).
@@ -186,7 +188,7 @@ def refine(
         gain = value[rows] - found
         won = rows[better]
         here[won], residuals[won], slopes[won] = there[better], far[better], steep[better]
-        little = gain <= _TOLERANCE * np.maximum(value[rows], 1e-300)
+        little = gain <= tolerance * np.maximum(value[rows], 1e-300)
         small[rows] = np.where(better & ~little, 0, small[rows] + np.where(better, 1, 0))
         value[won] = found[better]
         damping[rows] = np.where(better, np.maximum(damping[rows] * 0.2, 1e-12), damping[rows] * 8.0)
@@ -243,10 +245,11 @@ def fit_law(runs: Runs, delta: float = 1e-3) -> LawFit:
         delta: of Huber's loss, in log L.
     """
     starts = _starts(runs)
-    ends, values = refine(starts, runs.logs, runs.target, delta)
+    # Near enough to tell basins apart; the best are polished.
+    ends, values = refine(starts, runs.logs, runs.target, delta, tolerance=_ROUGH)
     order = np.argsort(values)
     best = ends[order[0]]
-    for index in order[:3]:
+    for index in order[:2]:
         best = min((best, _polish(ends[index], runs, delta)), key=lambda one: _objective(one, runs, delta)[0])
     value = _objective(best, runs, delta)[0]
     basin = values <= value * (1.0 + _BASIN) + 1e-18
@@ -290,7 +293,7 @@ def _polish(coordinates: Floats, runs: Runs, delta: float) -> Floats:
 
         options = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-15, "gtol": 1e-10, "maxcor": 20}
         found = minimize(scaled, best, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
-        found = refine(found[None], runs.logs, runs.target, delta)[0][0]
+        found = refine(found[None], runs.logs, runs.target, delta, tolerance=_FINE)[0][0]
         reached = _objective(found, runs, delta)[0]
         if reached < value:
             best, gain, value = found, value - reached, reached
