@@ -78,14 +78,14 @@ class Bench:
         end = time.monotonic() + LIMIT
         self.swiftv2("sweep", "submit", *words)
         while True:
-            counts = self.swiftv2("sweep", "status", *words)["counts"]
+            counts = self.swiftv2("sweep", "status", str(path))["counts"]
             sys.stderr.write(f"{name}: {counts}\n")
             if not counts.keys() - {"finished"}:
                 break
             if time.monotonic() > end or counts.get("failed"):
                 raise SystemExit(f"{name}: {counts}; see {tree['folder']}")
             time.sleep(10)
-        self.swiftv2("sweep", "collect", *words, "--out", str(self.folder / "tables" / name))
+        self.swiftv2("sweep", "collect", str(path), "--out", str(self.folder / "tables" / name))
         rows = json.loads((self.folder / "tables" / name / "table.json").read_text())
         return list(rows["rows"] if isinstance(rows, dict) else rows)
 

@@ -122,6 +122,23 @@ def test_two_groups_of_parameters_never_one_each() -> None:
         adamw(parameters, {"nothing"}, OptimizerConfig())
 
 
+def test_rates_of_their_own_make_groups_and_leave_the_decay_as_it_is() -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    parameters = dict(module.named_parameters())
+    weights = {f"{i}.weight" for i in range(3)}
+    optimizer = adamw(parameters, weights, OptimizerConfig(lr=0.1, weight_decay=0.3), {"1.weight": 0.25})
+    assert len(optimizer.param_groups) == 3
+    set_learning_rate(optimizer, 0.08)
+    rates = {
+        id(p): (group["lr"], group["lr"] * group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
+    assert rates[id(module[1].weight)] == pytest.approx((0.02, 0.08 * 0.3))
+    assert rates[id(module[0].weight)] == pytest.approx((0.08, 0.08 * 0.3))
+    assert rates[id(module[1].bias)] == pytest.approx((0.08, 0.0))
+    with pytest.raises(SwiftError, match="cannot set the rate of nothing"):
+        adamw(parameters, weights, OptimizerConfig(), {"nothing": 0.5})
+
+
 def test_decay_leaves_the_others_alone() -> None:
     module = nn.Linear(2, 2)
     before = module.bias.detach().clone()

@@ -17,11 +17,12 @@ from launched import GEOMETRY, ROOT, Launched, environment
 from outcome import assert_same_end
 from ranks import swiftv2_run
 
-from swiftv2.records import newest_step, read_holder
+from swiftv2.records import METRICS, newest_step, read_holder, read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-STEPS = 150
+TRAINED = 110.0
+"""Seconds that the run that is ended four times has to go on for: Slurm takes half of them to see that its time is over."""
 SAVES = ("train.save_every=100", "train.save_minutes=0.04", "train.keep_last=2", "train.deepspeed_files=false")
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
 ONE_NODE = ("--nodes=1", "--ntasks-per-node=1")
@@ -42,8 +43,12 @@ def test_a_run_that_is_ended_in_every_way_comes_to_the_weights_of_one_that_is_no
     cluster: Cluster, real_store: Path, tmp_path: Path
 ) -> None:
     """5M over two nodes: its time limit, `scontrol requeue`, `scancel --signal`, a killed rank."""
+    begin = ["pretrain", str(ROOT / "configs/pretrain/5M.yaml"), *GEOMETRY, f"data.store={real_store}"]
+    tried = swiftv2_run([*begin, "train.max_steps=30", "train.save_minutes=0", f"run.dir={tmp_path / 'tried'}"], ranks=2)
+    assert tried.returncode == 0, tried.stderr
+    steps = max(150, round(TRAINED / read_metrics(tmp_path / "tried" / METRICS)[-1]["step_seconds"]))
     run = Launched(cluster, tmp_path / "run")
-    run.submit(real_store, *SAVES, f"train.max_steps={STEPS}", options=TWO_NODES)
+    run.submit(real_store, *SAVES, f"train.max_steps={steps}", options=TWO_NODES)
     run.goes_on(8)
     # Slurm looks at limits every half minute, and sends the header's USR1 at its first look.
     cluster.end_in(run.job, 120)
@@ -64,7 +69,7 @@ def test_a_run_that_is_ended_in_every_way_comes_to_the_weights_of_one_that_is_no
 
     os.kill(run.ranks("nid000002")[0], signal.SIGKILL)
     cluster.wait(run.job, "RUNNING", 90, restarts=4)
-    cluster.wait(run.job, "COMPLETED", 180)
+    cluster.wait(run.job, "COMPLETED", 3 * TRAINED)
 
     starts = run.events("job")
     assert [row["restart"] for row in starts] == [0, 1, 2, 3, 4]
@@ -74,10 +79,9 @@ def test_a_run_that_is_ended_in_every_way_comes_to_the_weights_of_one_that_is_no
     assert len(run.events("start")) == 5
     assert len({row["nodes"] for row in starts}) == 1
 
-    words = [*GEOMETRY, *SAVES, f"train.max_steps={STEPS}", f"data.store={real_store}", f"run.dir={tmp_path / 'undisturbed'}"]
-    done = swiftv2_run(["pretrain", str(ROOT / "configs/pretrain/5M.yaml"), *words], ranks=2)
+    done = swiftv2_run([*begin, *SAVES, f"train.max_steps={steps}", f"run.dir={tmp_path / 'undisturbed'}"], ranks=2)
     assert done.returncode == 0, done.stderr
-    assert_same_end(run.run, tmp_path / "undisturbed", STEPS)
+    assert_same_end(run.run, tmp_path / "undisturbed", steps)
 
 
 def test_a_run_whose_node_slurm_has_lost_sight_of_has_one_writer(cluster: Cluster, real_store: Path, tmp_path: Path) -> None:

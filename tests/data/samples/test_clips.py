@@ -122,3 +122,12 @@ def test_leading_non_steady_volumes_are_in_no_clip() -> None:
 def test_withdrawn_runs_are_never_selected() -> None:
     runs = [BareRun("r0", 20), BareRun("r1", 20, withdrawn=2)]
     assert select_runs(runs, {"s0"}).tolist() == [0]
+
+
+def test_shorter_scans_are_the_first_steady_frames_of_each_run() -> None:
+    runs = [BareRun("r0", 100), BareRun("r1", 100, steady_from=3), BareRun("r2", 45)]
+    index = index_clips(runs, ClipConfig(frames=20), frames=50)
+    assert index.run.tolist() == [0, 0, 1, 1, 2, 2]
+    assert index.start.tolist() == [0, 20, 3, 23, 0, 20]
+    with pytest.raises(UsageError, match=r"raise data.frames_per_run=19"):
+        index_clips(runs, ClipConfig(frames=20), frames=19)

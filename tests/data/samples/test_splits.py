@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swiftv2.config.data import SplitConfig
-from swiftv2.data.samples.splits import PARTS, Splits, split_by_seed, split_subjects
+from swiftv2.data.samples.splits import PARTS, Splits, split_by_seed, split_subjects, take_share
 from swiftv2.errors import UsageError
 
 FRACTIONS = (0.7, 0.15, 0.15)
@@ -106,3 +106,16 @@ def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
 
 def test_without_a_file_the_seed_decides() -> None:
     assert split_subjects(SplitConfig(seed=3), SUBJECTS) == split_by_seed(3, FRACTIONS, SUBJECTS)
+
+
+@given(st.integers(0, 2**31), st.floats(0.01, 1.0), st.floats(0.01, 1.0))
+def test_smaller_shares_of_the_training_subjects_lie_within_larger_ones(seed: int, one: float, other: float) -> None:
+    whole = split_by_seed(seed, FRACTIONS, SUBJECTS[:60])
+    small, large = (take_share(whole, share, seed) for share in sorted((one, other)))
+    assert set(small.train) <= set(large.train) <= set(whole.train)
+    assert len(small.train) == max(round(min(one, other) * len(whole.train)), 1)
+    assert (small.val, small.test) == (whole.val, whole.test)
+    assert sorted((*small.train, *small.unassigned)) == sorted(whole.train)
+    assert split_subjects(SplitConfig(seed=seed, fractions=FRACTIONS, train_share=one), SUBJECTS[:60]) == take_share(
+        whole, one, seed
+    )
