@@ -75,7 +75,7 @@ def _parser() -> Parser:
     plan.add(nouns)
     doctor.add(nouns)
     job.add(_verbs(nouns, "job", "what the Slurm launchers ask before and after the ranks"))
-    sweep.add(_verbs(nouns, "sweep", "queue runs that differ in a few settings as Slurm arrays, show how they stand"))
+    sweep.add(_verbs(nouns, "sweep", "run sweeps and ladders, collect them, fit scaling laws, predict the next model, check muP"))
     status.add(nouns)
     return parser
 

@@ -35,7 +35,7 @@ def add(verbs: Any) -> None:
         "swiftv2 sweep submit scaling/sweeps/learning_rate_5M.yaml data.store=$SCRATCH/cohort.zarr --dry-run",
         "swiftv2 sweep submit scaling/sweeps/learning_rate_5M.yaml data.store=$SCRATCH/cohort.zarr",
         "swiftv2 sweep submit scaling/sweeps/learning_rate_5M.yaml data.store=$SCRATCH/cohort.zarr --failed",
-        "swiftv2 sweep submit scaling/ladders/tiny.yaml data.store=demo/cohort.zarr --local 2",
+        "swiftv2 sweep submit scaling/ladders/tiny_mup.yaml data.store=tiny/cohort.zarr --local 2",
     )
     parser = add_command(verbs, "submit", _submit, text, examples)
     add_json(parser)

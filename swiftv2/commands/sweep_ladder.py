@@ -41,7 +41,7 @@ def add(verbs: Any) -> None:
     examples = (
         "swiftv2 sweep plan scaling/ladders/family.yaml data.store=$SCRATCH/cohort.zarr",
         "swiftv2 sweep plan scaling/ladders/family.yaml --gpu a100-80 --mfu 0.2",
-        "swiftv2 sweep plan scaling/ladders/tiny.yaml data.store=demo/cohort.zarr --flops-per-second 2e10 --json",
+        "swiftv2 sweep plan scaling/ladders/tiny_mup.yaml data.store=tiny/cohort.zarr --flops-per-second 2e10 --json",
     )
     parser = add_command(verbs, "plan", _plan, text, examples)
     add_json(parser)
@@ -55,7 +55,7 @@ def add(verbs: Any) -> None:
     )
     lines = [
         "swiftv2 sweep collect scaling/ladders/family.yaml --out laws/family",
-        "swiftv2 sweep collect scaling/ladders/tiny.yaml --out laws/tiny_mup --where parametrisation=mup",
+        "swiftv2 sweep collect scaling/ladders/transfer.yaml --out tables/mup --where parametrisation=mup",
     ]
     parser = add_command(verbs, "collect", _collect, text, lines)
     add_json(parser)
