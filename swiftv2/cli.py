@@ -75,7 +75,7 @@ def _parser() -> Parser:
     plan.add(nouns)
     doctor.add(nouns)
     job.add(_verbs(nouns, "job", "what the Slurm launchers ask before and after the ranks"))
-    sweep.add(_verbs(nouns, "sweep", "run sweeps and ladders, collect them, fit scaling laws, predict the next model, check muP"))
+    sweep.add(_verbs(nouns, "sweep", "run sweeps and ladders, collect them, fit scaling laws, predict the next model"))
     status.add(nouns)
     return parser
 
