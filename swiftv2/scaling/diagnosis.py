@@ -21,7 +21,7 @@ _LINE = 0.02
 """Runs whose log N and log D stray no further from a line than this tell no two exponents apart."""
 _SAME = 1e-9
 _NEVER_OFF = 2.5
-_OFF_LEVEL = 0.01
+_OFF_LEVEL = 0.002
 _OFF_SHARE, _OFF_MOST = 6, 12
 _RISE_LEVEL = 0.05
 _CROSSED = 400
@@ -94,7 +94,7 @@ def find_off(runs: Runs, robust: RobustFit) -> tuple[dict[int, float], RobustFit
     """Runs that lie off the law, and the robust fit of the others.
 
     The generalised test of Rosner (1983): the run furthest off is taken out, again and again; then as many count as off as
-    the last that lies further from the law of the others than Student's t allows for the worst of all runs at the 1 % level.
+    the last that lies further from the law of the others than Student's t allows for the worst of all runs at the 0.2 % level.
 
     Args:
         runs: all.
