@@ -103,10 +103,9 @@ Noise = Callable[[np.random.Generator, int], Floats]
 NOISES: dict[str, Noise] = {"normal": normal, "outliers": outliers, "heavy tails": heavy}
 CASES = (
     *((design.name, "normal", 0.005) for design in DESIGNS),
-    *((name, "normal", 0.02) for name in ("4 x 3", "4 x 4, one decade", "5 x 4, E near 0", "6 x 6", "8 x 8", "30 scattered")),
-    *((name, "normal", 0.002) for name in ("4 x 3", "6 x 6")),
-    *((name, "outliers", 0.005) for name in ("4 x 3", "5 x 4", "6 x 6", "8 x 8")),
-    *((name, "heavy tails", 0.005) for name in ("4 x 3", "6 x 6", "30 scattered")),
+    *((name, "normal", 0.02) for name in ("4 x 3", "5 x 4, E near 0", "8 x 8")),
+    *((name, "outliers", 0.005) for name in ("4 x 3", "5 x 4", "8 x 8")),
+    *((name, "heavy tails", 0.005) for name in ("4 x 3", "6 x 6")),
 )
 
 
@@ -136,8 +135,8 @@ class Coverage:
     seconds: float
 
 
-def study(case: tuple[str, str, float], draws: int) -> Coverage:
-    """Draw tables of a design and fit them."""
+def study(case: tuple[str, str, float], draws: int, bootstraps: int = 200) -> Coverage:
+    """Draw tables of a design and fit them, each with so many draws of its own for predictions."""
     name, kind, size = case
     design = next(one for one in DESIGNS if one.name == name)
     clean, truth = design.losses(), np.array(design.law)
@@ -148,7 +147,7 @@ def study(case: tuple[str, str, float], draws: int) -> Coverage:
     for index in range(draws):
         generator = np.random.default_rng([20261122, index])
         table = clean * np.exp(size * NOISES[kind](generator, clean.size))
-        found = estimate(Runs.make(table, design.parameters, design.tokens), Options(bootstraps=200, seed=index))
+        found = estimate(Runs.make(table, design.parameters, design.tokens), Options(bootstraps=bootstraps, seed=index))
         ends = np.array([[one.low, one.high] for one in found.intervals])
         inside.append((ends[:, 0] <= target) & (target <= ends[:, 1]))
         widths.append((ends[[0, 2, 4], 1] - ends[[0, 2, 4], 0]) / (2.0 * QUANTILE * delta))

@@ -17,7 +17,7 @@ Tree = dict[str, Any]
 FORM = "E + A x^-alpha"
 BUDGET = 0.15
 """Runs whose FLOPs are within this of one another, in the logarithm, may make one budget."""
-_CROWD = 1.25
+_CROWD = 2
 _FEWEST = 3
 
 
@@ -92,8 +92,8 @@ def envelope_indices(table: Table) -> list[int]:
 def budgets(flops: Floats) -> list[NDArray[np.int64]]:
     """Groups of runs of nearly equal FLOPs, ascending; runs between them are in none.
 
-    A group is where runs crowd: at least three (and a thirtieth of all) within `BUDGET`, and a quarter more than in twice
-    as much room around it.
+    A group is where runs crowd: at least three (and a thirtieth of all) within `BUDGET`, and twice as many as in as much
+    room on either side.
     """
     logs, fewest = np.log(flops), max(_FEWEST, flops.size / 30.0)
     left, found = np.ones(flops.size, dtype=bool), []
@@ -105,7 +105,7 @@ def budgets(flops: Floats) -> list[NDArray[np.int64]]:
             break
         left[group] = False
         low, high = logs[group].min(), logs[group].max()
-        beside = np.sum((logs >= low - BUDGET) & (logs <= high + BUDGET)) - group.size
+        beside = max(np.sum((logs >= low - BUDGET) & (logs < low)), np.sum((logs > high) & (logs <= high + BUDGET)))
         if group.size >= _CROWD * beside:
             found.append(group)
     return sorted(found, key=lambda group: float(logs[group].mean()))

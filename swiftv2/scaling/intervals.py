@@ -62,7 +62,7 @@ def fit_robust(runs: Runs, start: Floats) -> RobustFit:
         here = refine(here[None], runs.logs, runs.target, BEND * noise)[0][0]
         residuals = runs.target - log_loss(here[None], runs.logs)[0]
         before, noise = noise, _noise(residuals, freedom)
-        if abs(noise - before) <= 1e-6 * noise:
+        if abs(noise - before) <= 1e-4 * noise:
             break
     if noise <= _EXACT:
         return RobustFit(here, noise, freedom, 2.0 / noise**2)
