@@ -164,7 +164,6 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         cluster.up()
         bench.ladder("transfer", "tiny_transfer")
-        body += transfer_lines(bench)
         for form in FORMS:
             rows = bench.ladder(form, f"tiny_{form}")
             fit = bench.law(form)
@@ -179,6 +178,7 @@ def main(words: Sequence[str] | None = None) -> None:
             told[form] = (prediction, row, largest["loss"])
     finally:
         remove(cluster)
+    body = [*transfer_lines(bench), *body]
     further = told["mup"][1]["flops"] / max(1.0, told["mup"][0]["extrapolation"]["factor"])
     words_ = (
         f"Width 192, {NEXT_TOKENS:,} tokens, {told['mup'][1]['flops']:.3g} FLOPs, "
