@@ -295,7 +295,8 @@ def _tree(question: _Question, made: _Answer, machine: "Machine | None") -> dict
         "lr_rule": made.rule,
         "nodes": None if place is None else place.nodes,
         "hours": likely,
-        "hours_interval": None if place is None else [fast, slow],
+        "hours_interval": None if place is None or place.nodes == 1 else [fast, slow],
+        "mfu_assumed": None if place is None else _mfu(arguments),
         "machine": None if machine is None else machine.name,
         "size": name,
         "embed_dim": config.model.embed_dim,
@@ -365,8 +366,9 @@ def _lines(tree: dict[str, Any], made: _Answer) -> Sequence[Any]:
     lines: list[Any] = [head, table(["embed_dim", "parameters", "tokens", "loss", "given up"], rows, words=0), size]
     if tree["hours"] is not None:
         lines.append(
-            f"on {tree['nodes']} nodes of {tree['machine']}: {between('hours', ',.3g')} h, "
-            f"{tree['budget']['node_hours']:,.4g} node-hours; evaluation, saves and interruptions not counted"
+            f"on {tree['nodes']} node{'s' * (tree['nodes'] > 1)} of {tree['machine']}: {between('hours', ',.3g')} h, "
+            f"{tree['budget']['node_hours']:,.4g} node-hours, at an assumed {tree['mfu_assumed']:.0%} of the peak; "
+            "evaluation, saves and interruptions not counted"
         )
     if tree["config"] is not None:
         lines.append(f"configuration: {tree['config']}")

@@ -90,12 +90,12 @@ def place(config: PretrainConfig, where: Machine, mfu: float, *, nodes: int | No
         if hours is None or taken <= hours:
             return found
         shortest = min(shortest, taken)
-    most = f"{counts[-1]} node{'s' * (counts[-1] > 1)} of {where.name}"
     if shortest < math.inf:
         raise UsageError(
-            f"{config.model.name} takes {shortest:,.1f} h on {most}, over no more of which train.global_batch="
+            f"{config.model.name} takes {shortest:,.3g} h at least on the nodes of {where.name} over which train.global_batch="
             f"{config.train.global_batch} splits: give more than --hours {hours:g}, a larger batch or a smaller budget"
         )
+    most = f"{counts[-1]} node{'s' * (counts[-1] > 1)} of {where.name}"
     raise UsageError(
         f"{config.model.name} does not fit {most}: {finder.short / GB:,.1f} GB short on each GPU with one clip at a time and "
         "all stages recomputed; give more nodes, another machine or a smaller budget"
