@@ -261,23 +261,17 @@ def _mfu(arguments: argparse.Namespace) -> float:
 
 def _tree(question: _Question, made: _Answer, machine: "Machine | None") -> dict[str, Any]:
     """The answer as plain values."""
-    from swiftv2.scaling.predict import loss_of, repeated_loss
-
     fit, arguments, config, found = question.fit, question.arguments, made.config, made.found
-    size, steps, held = made.sizes[0], config.train.max_steps, question.family.holdings(made.sizes[0].width)
-    tokens, clips = question.seen(size, steps), steps * config.train.global_batch
-    loss, warnings = loss_of(fit, held.parameters, tokens), [*made.warnings]
-    flops = {part: clips * count for part, count in question.family.flops(size.width).items()}
-    if not 0.9 < flops["total"] / found.flops < 1.1:
-        warnings.append(f"by stages the run takes {flops['total']:.3g} FLOPs, not {found.flops:.3g}")
-    unique = arguments.unique
-    epochs = None if unique is None else tokens / unique
-    repeated = None if unique is None else repeated_loss(fit, held.parameters, tokens, unique)
-    if epochs is not None and epochs > FEW_EPOCHS:
-        warnings.append(f"{epochs:.1f} passes over {unique:.3g} unique tokens: the law takes all of them for new ones")
+    steps, warnings = config.train.max_steps, [*made.warnings]
+    run = _run(question, made)
+    if not 0.9 < run["flops"] / found.flops < 1.1:
+        warnings.append(f"by stages the run takes {run['flops']:.3g} FLOPs, not {found.flops:.3g}")
+    if run["epochs"] is not None and run["epochs"] > FEW_EPOCHS:
+        unique = f"{arguments.unique:.3g} unique tokens"
+        warnings.append(f"{run['epochs']:.1f} passes over {unique}: the law takes all of them for new ones")
     place, sure = made.place, arguments.parameters is None
     likely, fast, slow = (None, None, None) if place is None else place.hours(steps)
-    name = config.model.name
+    clips = steps * config.train.global_batch
     return {
         "budget": {
             "flops": found.flops,
@@ -298,29 +292,40 @@ def _tree(question: _Question, made: _Answer, machine: "Machine | None") -> dict
         "hours_interval": None if place is None or place.nodes == 1 else [fast, slow],
         "mfu_assumed": None if place is None else _mfu(arguments),
         "machine": None if machine is None else machine.name,
-        "size": name,
+        "size": config.model.name,
         "embed_dim": config.model.embed_dim,
-        "run": {
-            "parameters": held.parameters,
-            "decoder_parameters": held.decoder_parameters,
-            "tokens": tokens,
-            "patches": clips * question.family.patches,
-            "epochs": epochs,
-            "loss_repeated": repeated,
-            "steps": steps,
-            "global_batch": config.train.global_batch,
-            "micro_batch": config.train.micro_batch,
-            "gpu_memory_bytes": None if place is None else place.memory_bytes,
-            "flops": flops["total"],
-            "loss": loss.value,
-            "loss_interval": list(loss[1:]),
-            "loss_given_up": loss.value - found.loss.value,
-        },
+        "run": run,
         "sizes": [{**vars(one), "loss_given_up": one.loss - found.loss.value} for one in made.sizes],
-        "flops_by_stage": flops,
+        "flops_by_stage": {part: clips * count for part, count in question.family.flops(made.sizes[0].width).items()},
         "extrapolation": {"factor": made.far.factor, "verdict": made.far.verdict},
-        "config": None if arguments.out is None else str(arguments.out / f"{name}.yaml"),
+        "config": None if arguments.out is None else str(arguments.out / f"{config.model.name}.yaml"),
         "warnings": warnings,
+    }
+
+
+def _run(question: _Question, made: _Answer) -> dict[str, Any]:
+    """The run that is advised."""
+    from swiftv2.scaling.predict import loss_of, repeated_loss
+
+    train, unique = made.config.train, question.arguments.unique
+    size, held = made.sizes[0], question.family.holdings(made.sizes[0].width)
+    tokens, clips = question.seen(size, train.max_steps), train.max_steps * train.global_batch
+    loss = loss_of(question.fit, held.parameters, tokens)
+    return {
+        "parameters": held.parameters,
+        "decoder_parameters": held.decoder_parameters,
+        "tokens": tokens,
+        "patches": clips * question.family.patches,
+        "epochs": None if unique is None else tokens / unique,
+        "loss_repeated": None if unique is None else repeated_loss(question.fit, held.parameters, tokens, unique),
+        "steps": train.max_steps,
+        "global_batch": train.global_batch,
+        "micro_batch": train.micro_batch,
+        "gpu_memory_bytes": None if made.place is None else made.place.memory_bytes,
+        "flops": clips * held.training_flops,
+        "loss": loss.value,
+        "loss_interval": list(loss[1:]),
+        "loss_given_up": loss.value - made.found.loss.value,
     }
 
 
