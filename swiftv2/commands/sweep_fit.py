@@ -80,10 +80,11 @@ def _fit(arguments: argparse.Namespace) -> int:
 
 
 def _write(folder: Path, tree: Mapping[str, Any]) -> list[Path]:
-    """What is kept of a fit."""
+    """What is kept of a fit: the tree first, for the figures stand on nothing else."""
+    from swiftv2.report.scaling import write_page
     from swiftv2.scaling.keep import write_fit
 
-    return [*write_fit(folder, tree)]
+    return [*write_fit(folder, tree), *write_page(folder, tree)]
 
 
 def _lines(tree: Mapping[str, Any]) -> list["str | Table"]:

@@ -246,7 +246,7 @@ def fit_law(runs: Runs, delta: float = 1e-3) -> LawFit:
     """
     starts = _starts(runs)
     # Near enough to tell basins apart; the best are polished.
-    ends, values = refine(starts, runs.logs, runs.target, delta, tolerance=_ROUGH, iterations=100)
+    ends, values = refine(starts, runs.logs, runs.target, delta, tolerance=_ROUGH)
     order = np.argsort(values)
     best = ends[order[0]]
     for index in order[:2]:

@@ -44,6 +44,8 @@ def test_a_folder_gets_everything(path: Path, tmp_path: Path, capsys: pytest.Cap
     tree = json.loads(capsys.readouterr().out)
     assert json.loads((out / "fit.json").read_text()) == tree
     assert (out / "points.csv").read_text().count("\n") == 17
+    assert "alpha" in (out / "index.html").read_text()
+    assert any(one.suffix == ".svg" for one in out.rglob("*"))
 
 
 @pytest.mark.parametrize(
