@@ -2,6 +2,7 @@
 
 from swiftv2.report.scaling.checks import isoflop, residuals
 from swiftv2.report.scaling.losses import loss_against_compute, loss_against_parameters, loss_against_tokens
+from swiftv2.report.scaling.page import write_page
 from swiftv2.report.scaling.style import save_figure
 from swiftv2.report.scaling.widths import coordinates, transfer
 
@@ -14,4 +15,5 @@ __all__ = [
     "residuals",
     "save_figure",
     "transfer",
+    "write_page",
 ]
