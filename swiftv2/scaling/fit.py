@@ -24,6 +24,7 @@ PROFILE = (
     "profile of a robust fit (Huber at 1.345 sd of the noise, Student's t), widened where noise is uneven; always holds the fit"
 )
 _WIDE = 1.0
+_EPOCHS = 4.0
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,11 @@ def _warnings(tree: Tree, intervals: list[Interval]) -> list[str]:
             warnings.append(f"the interval of {name} ({shown}) is wider than {name} itself: do not extrapolate far")
     if intervals[0].low == 0.0:
         warnings.append("E may be 0: this table does not bound what is left at infinite size and data from below")
+    if tree["repeated"].get("most_epochs", 1.0) > _EPOCHS:
+        warnings.append(
+            f"runs repeat data, up to {tree['repeated']['most_epochs']:.3g} epochs: the law counts every token as new "
+            "('repeated' does not)"
+        )
     open_ends = tree["intervals"]["open"]
     warnings += [f"the runs do not bound the interval's {side} end: {name}" for name, side in map(str.split, open_ends)]
     spread = tree["flops_per_parameter_token"]

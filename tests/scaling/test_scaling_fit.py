@@ -112,6 +112,8 @@ def test_doubts_are_said() -> None:
     told = fit_table(make_table(*grid(5, 4), off), FEW)
     assert [point["row"] for point in told["points"] if point["off"]] == [6]
     assert any("1 run off the law: row 6" in text and "above" in text for text in told["warnings"])
+    repeats = fit_table(make_table(n, d, loss, np.minimum(d, 2e9)), Options(bootstraps=30))
+    assert any("up to 50 epochs" in text for text in repeats["warnings"])
     shuffled = np.random.default_rng(0).permutation(loss)
     lost = fit_table(make_table(n, d, shuffled), FEW)
     assert any("includes 0" in text or "is below 0" in text or "not monotone" in text for text in lost["warnings"])
