@@ -70,6 +70,10 @@ def _lines(curves: dict[str, Any]) -> list[str]:
         where = f"between {between[0]:.3g} and {between[1]:.3g}" if between else "at the end of the grid: widen it"
         lines.append(f"{one['parametrisation']:<9} width {one['embed_dim']:>5}: best rate {one['best_lr']:.3g} ({where})")
     for form, ratio in curves["moved"].items():
+        own = [one for one in curves["widths"] if one["parametrisation"] == form]
+        if None in (own[0]["best_lr_interval"], own[-1]["best_lr_interval"]):
+            lines.append(f"{form}: whether the best rate stays put cannot be told: at a width it is at the end of the grid")
+            continue
         stays = 1 / curves["step"] <= ratio <= curves["step"]
         lines.append(
             f"{form}: from the smallest to the largest width the best rate changes by a factor of {ratio:.2g}, "

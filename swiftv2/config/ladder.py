@@ -147,11 +147,22 @@ class LadderConfig(Config):
                 f"subjects: share x frames_per_run goes from {min(amounts):g} to {max(amounts):g}; make it equal, so that "
                 "subjects and scan length are compared at equal tokens"
             )
+        self._check_sizes()
         try:
             self.outline()
         except UsageError as error:
             raise ValueError(str(error).removeprefix("elements: ")) from error
         return self
+
+    def _check_sizes(self) -> None:
+        names = [size.name for size in self.sizes]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"sizes: the name {twice} is there more than once: each size needs its own")
+        for word, size in itertools.product(self.common, self.sizes):
+            whole = next((own for own in size.set if word.startswith(f"{own.partition('=')[0]}.")), None)
+            if whole is not None:
+                raise ValueError(f"common: {word} is lost where size {size.name} sets {whole}: put it behind that in its `set`")
 
     def variants(self) -> tuple[Variant, ...]:
         """All combinations of sizes and what else differs, budgets left out; the last axis changes fastest."""

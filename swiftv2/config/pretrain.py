@@ -50,8 +50,6 @@ class PretrainConfig(Config):
             raise ValueError(
                 f"run.branch_step={self.run.branch_step} leaves nothing to do with train.max_steps={self.train.max_steps}"
             )
-        if self.run.branch_from is not None and self.data.exclude is not None:
-            raise ValueError("run.branch_from leaves out what the other run left out: leave data.exclude unset")
         return self
 
     @model_validator(mode="after")

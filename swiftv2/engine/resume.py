@@ -77,7 +77,8 @@ def _branched(branch: Path, state: TrainerState, backend: Backend, world: World,
     backend.restore(branch)
     run.event("branched", former.step, source=str(branch))
     kept = ("step", "samples", "exclusions", "spike_window")
-    return replace(state, **{name: getattr(former, name) for name in kept})
+    # The step at which it begins is the trunk's to evaluate.
+    return replace(state, evaluated=former.step, **{name: getattr(former, name) for name in kept})
 
 
 def without_effect(train: TrainConfig, state: TrainerState) -> Iterator[str]:

@@ -35,6 +35,7 @@ CHANGEABLE = (
     "train.save_every",
     "train.keep_last",
     "train.keep_every",
+    "train.keep_steps",
     "train.save_minutes",
     "train.save_in_background",
     "train.deepspeed_files",

@@ -85,7 +85,7 @@ def collect(sweep: SweepConfig, trunks: Collection[str] = (), where: Mapping[str
     Args:
         sweep: the sweep.
         trunks: elements that are there for their branches only.
-        where: values of columns, as text, that rows must have; others are left out.
+        where: values of columns, as text, that rows must have (numbers however they are written); others are left out.
 
     Raises:
         UsageError: there is no such column.
@@ -108,7 +108,7 @@ def collect(sweep: SweepConfig, trunks: Collection[str] = (), where: Mapping[str
         if isinstance(row, str):
             left_out[name] = row
             continue
-        other = next((key for key in wanted if str(getattr(row, key)) != wanted[key]), None)
+        other = next((key for key in wanted if not _holds(getattr(row, key), wanted[key])), None)
         if other is not None:
             left_out[name] = f"its {other} is {getattr(row, other)}"
             continue
@@ -136,11 +136,11 @@ def write_table(table: Table, folder: Path, source: str) -> tuple[Path, Path]:
         The two files.
 
     Raises:
-        SwiftError: no run is finished.
+        SwiftError: it has no row.
     """
     if not table.rows:
         name, why = next(iter(table.left_out.items()))
-        raise SwiftError(f"{source}: no run is finished, so there is no table; of {name}: {why}")
+        raise SwiftError(f"{source}: no finished run to make a table of; {name} is left out: {why}")
     names = [field.name for field in fields(Row)]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -157,6 +157,16 @@ def write_table(table: Table, folder: Path, source: str) -> tuple[Path, Path]:
     write_file(folder / CSV, text.getvalue())
     write_file(folder / JSON, json.dumps(content, indent=1) + "\n")
     return folder / CSV, folder / JSON
+
+
+def _holds(value: Any, wanted: str) -> bool:
+    """Whether a column's value is the one that was written."""
+    if isinstance(value, int | float):
+        try:
+            return float(wanted) == float(value)
+        except ValueError:
+            return False
+    return str(value) == wanted
 
 
 def _row(name: str, run_dir: Path, config: PretrainConfig, counter: Counter, nodes: int) -> Row | str:

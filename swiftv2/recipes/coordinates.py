@@ -4,6 +4,7 @@ Yang et al., "Tensor Programs V" (arXiv 2203.03466), appendix D.1: under muP siz
 in the standard form some grow with it, and with them the rate that is too large.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -55,14 +56,17 @@ def check_coordinates(
         step (from 0, before the first) of one value a width; `slopes`: of log size against log width after the last step.
 
     Raises:
-        UsageError: widths are too few, or do not suit the model.
+        UsageError: widths are too few, or do not suit the model, or the rate is none or too large.
     """
     if len(widths) < 2 or sorted(set(widths)) != list(widths):
         raise UsageError(f"widths {list(widths)}: give at least two, ascending")
     if steps < 1 or seeds < 1 or clips < 1:
         raise UsageError(f"steps={steps}, seeds={seeds}, clips={clips}: give 1 or more of each")
+    if not 0 < lr < math.inf:
+        raise UsageError(f"lr={lr:g}: give a learning rate above 0, such as 1e-2")
     base = model.base_embed_dim if model.parametrisation == "mup" else widths[0]
-    tree = model.model_dump()
+    # The brain fills the box: packing would leave nothing out.
+    tree = model.model_dump() | {"packing": "none"}
     quantities: dict[str, dict[str, list[list[float]]]] = {}
     for form in PARAMETRISATIONS:
         own = {"parametrisation": form} | ({"base_embed_dim": base} if form == "mup" else {})
@@ -76,6 +80,9 @@ def check_coordinates(
         for name in columns[0]:
             rows = [[column[name][step] for column in columns] for step in range(steps + 1)]
             quantities.setdefault(name, {})[form] = rows
+    broken = next((name for name, forms in quantities.items() if not np.isfinite(list(forms.values())).all()), None)
+    if broken is not None:
+        raise UsageError(f"lr={lr:g}: training diverges, sizes of {broken} are not finite; lower the rate or the steps")
     slopes = {name: {form: _slope(widths, rows[-1]) for form, rows in forms.items()} for name, forms in quantities.items()}
     return {"widths": list(widths), "steps": steps, "lr": lr, "quantities": quantities, "slopes": slopes}
 

@@ -56,7 +56,8 @@ def pretrain(config: PretrainConfig) -> FitResult:
     """
     branch = find_branch(config)
     data = open_data(config, config.run.dir if branch is None else branch.run_dir)
-    asked = _read_asked(config, data)
+    # A branch has it in its trunk's checkpoint.
+    asked = [] if branch is not None else _read_asked(config, data)
     start_from = _load_start(config, data) if config.run.init_from else None
     place = find_place(os.environ)
     micro_batch, accumulation = split_batch(config.train.global_batch, place.size, config.train.micro_batch)

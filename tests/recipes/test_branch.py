@@ -11,8 +11,13 @@ from ranks import swiftv2_run
 
 from swiftv2 import weights
 from swiftv2.cli import main
+from swiftv2.config.load import load
+from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.engine.checkpoint import read_weights
+from swiftv2.engine.stream import Exclusion
 from swiftv2.errors import SwiftError
+from swiftv2.recipes.data import open_data
+from swiftv2.recipes.exclusions import write_exclusions
 from swiftv2.records import EVENTS, read_lines, read_metrics
 
 CONFIG = """
@@ -135,7 +140,7 @@ def test_branches_that_cannot_be_are_one_line(
         "was made with run.seed=0, not 1": (*begin, "run.seed=1"),
         "go together": (f"run.branch_from={trunk}",),
         "leaves nothing to do": (f"run.branch_from={trunk}", "run.branch_step=8"),
-        "leave data.exclude unset": (*begin, f"data.exclude={trunk / 'exclusions.json'}"),
+        "was made with data.exclude=None, not": (*begin, f"data.exclude={trunk / 'exclusions.json'}"),
     }
     for said, more in cases.items():
         run = tmp_path / "refused"
@@ -144,6 +149,25 @@ def test_branches_that_cannot_be_are_one_line(
         assert said in error
         assert len(error.strip().splitlines()) == 1
         assert not run.exists()
+
+
+@pytest.mark.slow
+def test_a_trunk_may_be_asked_to_keep_more_and_a_branch_leaves_out_what_it_left_out(
+    config: Path, real_store: Path, tmp_path: Path
+) -> None:
+    trunk, branch, asked = tmp_path / "trunk", tmp_path / "branch", tmp_path / "asked.json"
+    plain = "engine.backend=plain"
+    data = open_data(load(PretrainConfig, config, words(config, real_store, trunk)[2:]))
+    write_exclusions(asked, data, [Exclusion(clip, 0, "rewound") for clip in range(4)])
+    pretrain(config, real_store, trunk, plain, f"data.exclude={asked}", "train.max_steps=2", "train.keep_steps=[1]")
+    more = ("train.max_steps=6", "train.keep_steps=[1,4]")
+    whole = pretrain(config, real_store, trunk, plain, f"data.exclude={asked}", *more)
+    assert (trunk / "checkpoints/step_4").is_dir()
+    asked.unlink()
+    origin = (f"run.branch_from={trunk}", "run.branch_step=4", f"data.exclude={asked}")
+    assert pretrain(config, real_store, branch, plain, *origin, "train.max_steps=6") == whole[4:]
+    kept = json.loads((branch / "exclusions.json").read_text())["exclusions"]
+    assert [(one["clip"], one["cause"]) for one in kept] == [(clip, "asked") for clip in range(4)]
 
 
 def test_a_step_that_is_never_reached_cannot_be_kept(

@@ -42,6 +42,18 @@ def test_activations_keep_their_size_under_mup_and_grow_without(variant: str) ->
         assert len(forms["mup"]) == 5
 
 
+def test_packing_is_left_out_of_it() -> None:
+    """The brain fills the box there, so that every token is computed anyway."""
+    packed, whole = (check_coordinates(small(packing=kind), (36, 72), steps=1, seeds=1) for kind in ("template", "none"))
+    assert packed == whole
+
+
+@pytest.mark.parametrize(("lr", "says"), [(-1.0, "give a learning rate above 0"), (1e30, "training diverges")])
+def test_rates_that_tell_nothing_are_refused(lr: float, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        check_coordinates(small(), (36, 72), steps=2, lr=lr, seeds=1)
+
+
 def test_widths_that_tell_nothing_are_refused() -> None:
     with pytest.raises(UsageError, match="at least two, ascending"):
         check_coordinates(small(), [36])

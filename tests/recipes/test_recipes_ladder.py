@@ -238,8 +238,10 @@ def test_rows_are_taken_by_what_they_hold(trained: LadderConfig, tmp_path: Path)
     assert made.left_out["w8-t_9600"] == "its steps is 8"
     with pytest.raises(UsageError, match="--where widht: the table has no such column"):
         collect(trained.outline(), trained.trunks(), {"widht": "8"})
+    rate = made.rows[0].lr
+    assert len(collect(trained.outline(), trained.trunks(), {"lr": f"{rate:e}", "parametrisation": "standard"}).rows) == 2
     nothing = collect(trained.outline(), trained.trunks(), {"steps": "13"})
-    with pytest.raises(SwiftError, match="no run is finished, so there is no table; of w8-trunk"):
+    with pytest.raises(SwiftError, match="no finished run to make a table of; w8-trunk is left out"):
         write_table(nothing, tmp_path / "out", "x.yaml")
     assert not (tmp_path / "out").exists()
 
