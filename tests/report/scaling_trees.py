@@ -32,9 +32,8 @@ def _fitted(places: Places, off: int | None, seed: int) -> dict[str, Any]:
     for index, (n, d) in enumerate(places):
         noise = NOISE * generator.standard_normal() + (0.06 if index == off else 0.0)
         loss = (floor + size * n**-alpha + data * d**-beta) * np.exp(noise)
-        lines.append(
-            f"{OFF if index == off else f'run {index}'},{n!r},{d!r},{loss!r}".replace("np.float64(", "").replace(")", "")
-        )
+        name = OFF if index == off else f"run {index}"
+        lines.append(f"{name},{float(n)!r},{float(d)!r},{float(loss)!r}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "table.csv"
         path.write_text("\n".join(lines) + "\n")

@@ -122,10 +122,12 @@ def document(title: str, content: Sequence[Content]) -> bytes:
 
 def number(value: float, digits: int = 4) -> str:
     """A number of so many significant digits at least, all of them shown: 1.870, 1255, 3.2e19."""
+    if value == 0:
+        return "0"
     if 1e-4 <= abs(value) < 1e6:
         return f"{value:.{max(digits - 1 - math.floor(math.log10(abs(value))), 0)}f}"
-    lead, sign, exponent = f"{value:.{digits}g}".partition("e")
-    return lead + (f"e{int(exponent)}" if sign else "")
+    lead, sign, exponent = f"{value:.{digits - 1}e}".partition("e")
+    return f"{lead}{sign}{int(exponent)}"
 
 
 def between(ends: Sequence[float], digits: int = 4) -> str:

@@ -102,6 +102,7 @@ def coordinates(check: Tree) -> Figure:
         pair[0].set_title(f"{name}, standard", loc="left", fontsize=7)
         pair[1].set_title("muP", loc="left", fontsize=7)
         pair[1].tick_params(labelleft=False)
+        plain(pair[0].yaxis)
     for empty in panels.ravel()[2 * len(names) :]:
         empty.set_axis_off()
     figure.supxlabel("width of the first stage", fontsize=8)
