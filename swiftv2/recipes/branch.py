@@ -52,7 +52,7 @@ def find_branch(config: PretrainConfig) -> Branch | None:
             f"run.branch_step={step}: {trunk} has no whole checkpoint of this step (it has {have}); "
             f"train it with train.keep_steps=[{step}]"
         )
-    mine, theirs = dict(_compared(config)), dict(_compared(load(PretrainConfig, trunk / "config.yaml")))
+    mine, theirs = dict(compared(config)), dict(compared(load(PretrainConfig, trunk / "config.yaml")))
     differing = [key for key, value in mine.items() if theirs.get(key) != value]
     if differing:
         key = differing[0]
@@ -61,9 +61,9 @@ def find_branch(config: PretrainConfig) -> Branch | None:
     return Branch(trunk, found[step].path)
 
 
-def _compared(config: PretrainConfig) -> Iterator[tuple[str, Any]]:
-    """What must be the same in a branch, by key."""
-    for section in ("data", "clip", "model", "mask", "loss"):
+def compared(config: PretrainConfig) -> Iterator[tuple[str, Any]]:
+    """What a run learns from and how, by key; steps and schedule are left out. It must be the same in a branch."""
+    for section in ("data", "clip", "model", "mask", "loss", "optimizer"):
         for name, value in getattr(config, section).model_dump(mode="json").items():
             if f"{section}.{name}" not in FREE_TO_DIFFER:
                 yield f"{section}.{name}", value

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from swiftv2.config.ladder import Facts, LadderConfig, Rung, Variant
 from swiftv2.config.load import find_preset, load
@@ -16,6 +16,7 @@ from swiftv2.plan.machines import gpu as find_gpu
 from swiftv2.plan.machines import machine_of
 from swiftv2.plan.network import Job
 from swiftv2.plan.run import BACKWARD, MFU, check_machine, recomputed_flops, traffic
+from swiftv2.recipes.branch import compared
 from swiftv2.recipes.holdings import Counter, Holdings, Reading, unfinished
 from swiftv2.records import METRICS, read_metrics
 
@@ -142,6 +143,8 @@ def plan_ladder(ladder: LadderConfig, words: Sequence[str] = (), pace: Pace | No
         return Facts(own.parameters, own.tokens_per_clip, own.brain_tokens_per_clip, own.training_flops, batch)
 
     rungs = ladder.rungs(facts)
+    for rung in rungs:
+        _check_begun(ladder, rung, words)
     read = {stem: counter.read(one) if one.data.store.is_dir() else None for stem, one in configs.items()}
     measured = _measure(ladder, rungs, held)
     lines = []
@@ -161,6 +164,39 @@ def _configuration(ladder: LadderConfig, variant: Variant, words: Sequence[str])
         return load(PretrainConfig, path, (*ladder.common, *variant.words, *words))
     except UsageError as error:
         raise UsageError(f"{variant.stem}: {error}") from error
+
+
+def _check_begun(ladder: LadderConfig, rung: Rung, words: Sequence[str]) -> None:
+    """Make sure that an element that has begun is what the ladder now says that it is.
+
+    Raises:
+        UsageError: it was made with other settings, of which the first is named.
+    """
+    path = ladder.folder / rung.name / "config.yaml"
+    if not path.is_file():
+        return
+    now = load(PretrainConfig, find_preset("pretrain", ladder.config), (*ladder.common, *rung.words, *words))
+    was = load(PretrainConfig, path)
+    done = unfinished(path.parent) is None
+    mine, theirs = (_trained(config, ends=done or now.schedule.kind == "cosine") for config in (now, was))
+    for key, value in mine.items():
+        if theirs.get(key) != value:
+            raise UsageError(
+                f"element {rung.name} was begun with {key}={theirs.get(key)}, and the ladder now says {value}: "
+                "put the ladder back, or give it another folder"
+            )
+    missing = sorted(set(now.train.keep_steps) - set(was.train.keep_steps))
+    if missing and done:
+        raise UsageError(
+            f"element {rung.name} is done and has kept no checkpoint of step {missing[0]}, from which a branch is to begin: "
+            "give the ladder another folder"
+        )
+
+
+def _trained(config: PretrainConfig, *, ends: bool) -> dict[str, Any]:
+    """What is learned, from what, and where it ends: a constant rate may go on for longer."""
+    schedule = {f"schedule.{name}": value for name, value in config.schedule.model_dump(mode="json").items()}
+    return dict(compared(config)) | schedule | ({"train.max_steps": config.train.max_steps} if ends else {})
 
 
 def _line(

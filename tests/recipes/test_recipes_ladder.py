@@ -280,3 +280,14 @@ def test_a_run_that_broke_off_or_has_no_finite_loss_has_no_row(trained: LadderCo
         (run / "events.jsonl").write_text(events)
         (run / "metrics.jsonl").write_text(metrics)
     assert math.isfinite(collect(trained.outline(), trained.trunks()).rows[-1].loss)
+
+
+def test_a_ladder_that_says_something_else_of_runs_that_began_is_refused(trained: LadderConfig) -> None:
+    plan_ladder(trained)
+    tree = trained.model_dump(mode="json", exclude_defaults=True)
+    rate = tree["learning_rate"]["rate"]
+    other = build(LadderConfig, tree | {"learning_rate": tree["learning_rate"] | {"rate": 3 * rate}}, "x.yaml")
+    with pytest.raises(UsageError, match=rf"was begun with optimizer.lr={rate:g}, and the ladder now says {3 * rate:g}"):
+        plan_ladder(other)
+    with pytest.raises(UsageError, match=r"was begun with train.global_batch=2, and the ladder now says 4"):
+        plan_ladder(trained, ["train.global_batch=4"])
