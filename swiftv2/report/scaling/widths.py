@@ -99,8 +99,7 @@ def coordinates(check: Tree) -> Figure:
         pair[1].sharey(pair[0])
         for axes, form in zip(pair, _FORMS, strict=True):
             _draw_sizes(axes, check, name, form)
-        pair[0].set_title(f"{name}, standard", loc="left", fontsize=7)
-        pair[1].set_title("muP", loc="left", fontsize=7)
+        pair[0].set_title(name, loc="left", fontsize=7, parse_math=False)
         pair[1].tick_params(labelleft=False)
         plain(pair[0].yaxis)
     for empty in panels.ravel()[2 * len(names) :]:
@@ -122,7 +121,7 @@ def _draw_sizes(axes: Axes, check: Tree, name: str, form: str) -> None:
         drawn = [size if size > 0 else np.nan for size in sizes]
         axes.plot(widths, drawn, "o-", ms=2.5, color=_step_colour(step, len(lines)))
     slope = float(check["slopes"][name][form])
-    axes.text(0.97, 0.05, f"slope {slope:+.2f}", transform=axes.transAxes, ha="right", fontsize=6.5)
+    axes.text(0.97, 0.05, f"{_FORMS[form]}: slope {slope:+.2f}", transform=axes.transAxes, ha="right", fontsize=6.5)
     axes.margins(x=0.08, y=0.25)
     axes.set_xticks(widths, [f"{width:g}" for width in widths], minor=False)
     axes.set_xticks([], minor=True)
