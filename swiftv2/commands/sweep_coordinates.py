@@ -38,6 +38,8 @@ def add(verbs: Any) -> None:
 
 
 def _coordinates(arguments: argparse.Namespace) -> int:
+    if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
+        raise UsageError(f"--out {arguments.out}: a file is there; give a folder")
     path = find_preset("model", arguments.model)
     tree: dict[str, Any] = {"model": read_yaml(path)}
     patch = build(ModelConfig, tree["model"], where=str(path)).patch_size
@@ -57,6 +59,7 @@ def _coordinates(arguments: argparse.Namespace) -> int:
     check["model"] = arguments.model
     written = []
     if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
         write_file(arguments.out / "coordinates.json", json.dumps(check, indent=1) + "\n")
         written = [str(one) for one in save_figure(coordinates(check), arguments.out, "coordinates")]
     answer(check | {"written": written}, *_lines(check), *written, as_json=arguments.json)

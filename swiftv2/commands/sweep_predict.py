@@ -166,10 +166,19 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("no budget: give --budget FLOPS, or --nodes N --hours H --machine NAME")
     if timed and (given or arguments.budget is not None):
         raise UsageError("--nodes and --hours together are a budget of their own: leave one out, or the other budget")
+    _check_numbers(arguments)
+    if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
+        raise UsageError(f"--out {arguments.out}: a file is there; give a folder")
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    """Refuse numbers that mean nothing."""
     for name in ("budget", "hours", "lr", "mfu", "unique"):
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise UsageError(f"--{name} {value:g}: give a positive number")
+    if arguments.nodes is not None and arguments.nodes < 1:
+        raise UsageError(f"--nodes {arguments.nodes}: give 1 or more")
     if arguments.mfu is not None and arguments.mfu > 1:
         raise UsageError(f"--mfu {arguments.mfu:g} is no share of the peak: give a number above 0 and up to 1, such as 0.35")
 

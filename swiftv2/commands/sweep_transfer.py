@@ -31,12 +31,15 @@ def add(verbs: Any) -> None:
 def _transfer(arguments: argparse.Namespace) -> int:
     from swiftv2.scaling.transfer import transfer
 
+    if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
+        raise UsageError(f"--out {arguments.out}: a file is there; give a folder")
     curves = transfer(_rows(arguments.table))
     written: list[str] = []
     if arguments.out is not None:
         from swiftv2.report.scaling import save_figure
         from swiftv2.report.scaling import transfer as draw
 
+        arguments.out.mkdir(parents=True, exist_ok=True)
         write_file(arguments.out / "transfer.json", json.dumps(curves, indent=1) + "\n")
         written = [str(one) for one in save_figure(draw(curves), arguments.out, "transfer")]
     answer(curves | {"written": written}, *_lines(curves), *written, as_json=arguments.json)

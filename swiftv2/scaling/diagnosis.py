@@ -19,6 +19,8 @@ NEAR = 0.02
 """Variables nearer than this to one another, in their logarithm, count as equal."""
 _LINE = 0.02
 """Runs whose log N and log D stray no further from a line than this tell no two exponents apart."""
+_ONE_BUDGET = 0.25
+"""FLOPs that differ by less than this, in their logarithm, are one budget: there sizes and tokens trade for one another."""
 _SAME = 1e-9
 _NEVER_OFF = 2.5
 _OFF_LEVEL = 0.002
@@ -63,7 +65,7 @@ def refuse_degenerate(table: Table) -> None:
         problem = f"all runs are of one size ({_short(table.parameters[0])} parameters): how loss depends on it cannot be told"
     elif tokens == 1:
         problem = f"all runs saw equally many tokens ({_short(table.tokens[0])}): how loss depends on them cannot be told"
-    elif len(groups(table.flops)) == 1:
+    elif np.ptp(np.log(table.flops)) < _ONE_BUDGET:
         problem = f"all runs have one budget of FLOPs ({_short(table.flops[0])}): add runs at others"
     elif sizes == 2 or tokens == 2:
         which = "sizes" if sizes == 2 else "token counts"

@@ -22,7 +22,7 @@ def leave_largest_out(table: Table, off: Collection[int], delta: float, level: f
 
     Args:
         table: the runs used.
-        off: indices of runs that are off the law: none of them is the largest seen.
+        off: indices of runs that are off the law: none of them is the one predicted, or the largest seen.
         delta: of Huber's loss, in log L.
         level: of the interval.
         count: draws that it is made from.
@@ -33,8 +33,11 @@ def leave_largest_out(table: Table, off: Collection[int], delta: float, level: f
         noise with it), `error` (relative), `last_seen` (loss of the largest run that was seen), `last_seen_error`, `factor`
         (FLOPs over the largest seen); or `refused`.
     """
-    target = max(range(len(table.rows)), key=lambda i: (table.flops[i], table.parameters[i]))
+    sound = [i for i in range(len(table.rows)) if i not in off]
+    target = max(sound, key=lambda i: (table.flops[i], table.parameters[i]))
     seen = [i for i in range(len(table.rows)) if np.log(table.flops[i]) < np.log(table.flops[target]) - SAME]
+    if not any(i in sound for i in seen):
+        return {"refused": "all runs are of one budget: nothing smaller is left to predict the largest from"}
     rest = table.take(seen)
     try:
         refuse_degenerate(rest)

@@ -168,13 +168,16 @@ def read_fit(path: Path) -> Fit:
     """
     again = "give the fit.json that `swiftv2 sweep fit` of this version writes"
     try:
-        return Fit.model_validate(read_json(path))
+        fit = Fit.model_validate(read_json(path))
     except SwiftError as error:
         raise UsageError(f"{error}; {again}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise UsageError(f"{path}: no fit of this version ({place}: {first['msg']}); {again}") from error
+    if not fit.sound:
+        raise UsageError(f"{path}: every run is marked as off the law, so nothing tells what the law holds for; {again}")
+    return fit
 
 
 def law(constants: Numbers, parameters: Numbers | float, tokens: Numbers | float) -> Numbers:

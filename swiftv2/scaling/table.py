@@ -18,6 +18,10 @@ from swiftv2.scaling.law import Floats
 NAMES = ("name", "run", "model")
 """Columns that may name a run, the first that is there."""
 _SHOWN = 12
+MOST_RUNS = 5000
+"""Runs of a table at most: every run is compared with every other."""
+_LEAST, _MOST = 1e-30, 1e60
+"""Numbers between which products of two, and powers by any exponent that is searched, are still numbers."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,10 @@ def read_table(path: Path, columns: Columns) -> Table:
     records = _json_records(path) if path.suffix.lower() == ".json" else _csv_records(path)
     if not records:
         raise UsageError(f"{path}: no runs in it; a table has a line of titles and one line a finished run")
+    if len(records) > MOST_RUNS:
+        raise UsageError(f"{path}: {len(records)} runs, and at most {MOST_RUNS} are fitted: give one line a finished run")
+    if columns.named().count(columns.loss) > 1:
+        raise UsageError(f"the column {columns.loss!r} is named for losses and for something else: name two columns")
     titles = list(dict.fromkeys(title for record in records for title in record))
     for column in columns.named():
         if column not in titles:
@@ -156,7 +164,12 @@ def _csv_records(path: Path) -> list[Mapping[str, Any]]:
     except csv.Error as error:
         raise UsageError(f"{path}: line {reader.line_num}: {error}; the file is damaged or no CSV") from error
     lines = [(number, cells) for number, cells in lines if any(cells)]
+    if not lines:
+        raise UsageError(f"{path}: empty; a table has a line of titles and one line a finished run")
     titles = lines[0][1]
+    other = next((mark for mark in (";", "\t") if len(titles) == 1 and mark in titles[0]), None)
+    if other is not None:
+        raise UsageError(f"{path}: cells are separated by {other!r}; separate them by commas")
     twice = [title for title, count in Counter(titles).items() if count > 1 and title]
     if twice:
         raise UsageError(f"{path}: the column {twice[0]!r} is there {titles.count(twice[0])} times; rename all but one")
@@ -191,6 +204,8 @@ def _number(path: Path, row: int, column: str, cell: object) -> float:
         raise UsageError(f"{where}: empty; fill it, or take the run out of the table")
     if isinstance(cell, bool) or not isinstance(cell, int | float | str):
         raise UsageError(f"{where}: {str(cell)[:40]!r} is not a number")
+    if isinstance(cell, str) and ("_" in cell or not cell.isascii()):
+        raise UsageError(f"{where}: {cell[:40]!r} is not a number; write it plainly, such as 1.5e9")
     try:
         number = float(cell)
     except (ValueError, OverflowError) as error:
@@ -199,4 +214,6 @@ def _number(path: Path, row: int, column: str, cell: object) -> float:
         raise UsageError(f"{where}: {cell} is not a finite number; take the run out of the table")
     if number <= 0.0:
         raise UsageError(f"{where}: {cell} is not above zero, and the fit takes logarithms; take the run out of the table")
+    if not _LEAST < number < _MOST:
+        raise UsageError(f"{where}: {cell} is no size, token count, FLOPs or loss of a run; write it in another unit")
     return number

@@ -169,3 +169,11 @@ def test_the_published_law_is_found() -> None:
     assert tree["standard_errors"]["beta"] == pytest.approx(0.021, rel=0.2)
     assert tree["isoflop"]["interval"][0] < 0.5 < tree["isoflop"]["interval"][1]
     assert tree["monotone"]["parameters"]["holds"]
+
+
+def test_runs_of_one_budget_are_refused_however_they_scatter() -> None:
+    generator = np.random.default_rng(5)
+    n = np.geomspace(1e7, 1e9, 9)
+    d = 1e20 / (6.0 * n) * (1.0 + 0.05 * generator.uniform(-1.0, 1.0, n.size))
+    with pytest.raises(UsageError, match="all runs have one budget of FLOPs"):
+        fit_table(make_table(n, d, losses(n, d)), FEW)

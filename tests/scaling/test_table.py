@@ -39,11 +39,21 @@ def test_tokens_follow_from_flops_and_flops_from_tokens(tmp_path: Path) -> None:
     assert np.allclose(both.flops, 6.0 * n * d)
 
 
+def test_one_column_is_not_taken_for_losses_and_for_something_else(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text(GOOD)
+    with pytest.raises(UsageError, match="'L' is named for losses and for something else"):
+        read_table(tmp_path / "table.csv", Columns(parameters="L", loss="L", tokens="D"))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("", "empty"),
         ("\n \n", "empty"),
+        ("\n \n,,\n", "empty"),
+        (GOOD.replace(",", ";"), "cells are separated by ';'"),
+        (GOOD.replace("4e9", "4_000"), "row 2, column 'D': '4_000' is not a number"),
+        (GOOD.replace("1e7", "1e-320"), "row 1, column 'N': 1e-320 is no size"),
         ("name,N,D,L\n", "no runs"),
         (GOOD.replace("D", "tokens"), "no column 'D'; there are 'name', 'N', 'tokens', 'L'"),
         (GOOD.replace("name,N", "L,N"), "column 'L' is there 2 times"),
