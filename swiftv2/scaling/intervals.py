@@ -24,7 +24,9 @@ _EXACT = 1e-9
 """Noise in log L below which runs lie on the law but for rounding."""
 _LOG_LIMIT = 600.0
 _CLIPPED = 1.03
-"""Intervals are as much wider than Student's t says: clipping residuals costs small tables that (measured: 1 to 2 points)."""
+"""Intervals of few runs are as much wider than Student's t says: clipping residuals costs that (measured: 1 to 2 points)."""
+_UNEVEN = 1.1
+"""Uneven noise widens an interval by at least this much, or is not told from even noise."""
 _SEARCHES = 60
 _THROW = 2.0
 
@@ -130,7 +132,7 @@ def profile(runs: Runs, robust: RobustFit, level: float = 0.9, *, uneven: bool =
     spread, white = _spreads(runs, robust)
     if not uneven:
         white = spread
-    quantile = _CLIPPED * float(t.ppf(0.5 + level / 2.0, robust.freedom))
+    quantile = (1.0 if uneven else _CLIPPED) * float(t.ppf(0.5 + level / 2.0, robust.freedom))
     held = [_linear(row, robust, spread, white, limits) for row, limits in _rows(runs)]
     if runs.means.size == 2:
         held.append(_ratio(robust, spread, white))
@@ -190,8 +192,9 @@ def _linear(row: Floats, robust: RobustFit, spread: Floats, uneven: Floats, limi
 
 
 def _times(slope: Floats, spread: Floats, uneven: Floats) -> float:
-    """Only a wider interval is believed: of few runs White's covariance is more often too narrow."""
-    return float(np.sqrt(max(1.0, float(slope @ uneven @ slope) / max(float(slope @ spread @ slope), 1e-300))))
+    """Only a clearly wider interval is believed: White's covariance is itself known from no more than these runs."""
+    times = float(np.sqrt(float(slope @ uneven @ slope) / max(float(slope @ spread @ slope), 1e-300)))
+    return times if times > _UNEVEN else 1.0
 
 
 def _ratio(robust: RobustFit, spread: Floats, uneven: Floats) -> _Held:
