@@ -128,37 +128,42 @@ class MixingConfig(Config):
         return self
 
 
-class DataConfig(Config):
+class StoreConfig(Config):
     """The store that is read and how."""
 
     store: Path
     """Path of the Zarr store."""
-    frames_per_run: PositiveInt | None = None
-    """Only so many first frames of each training run are used, as if scans were shorter; all when unset."""
     cohorts: tuple[str, ...] | None = None
     """Cohorts of the store to use; all when unset."""
     allow_mixed_tr: bool = False
     """Whether runs of different repetition times may meet as they are; refused otherwise (clip.target_tr makes them one)."""
     allow_cleaned: bool = False
     """Whether runs that were cleaned (voxel means about zero) may meet others, or be scaled by one mean over all voxels."""
-    mixing: MixingConfig = MixingConfig()
-    """How often each cohort comes."""
     on_bad_clip: Literal["fail", "quarantine"] = "fail"
     """Clips that fail their checksum, are not finite or do not change: end the run, or are left out by all ranks together."""
     quarantine_limit: float = Field(default=0.01, ge=0.0, le=1.0)
     """Largest share of the training clips that may be left out so before the run ends."""
-    exclude: Path | None = None
-    """Clips left out from the beginning: an `exclusions.json` that another run on the same store has written."""
     patience_seconds: NonNegativeFloat = 150.0
     """Seconds that a rank waits for a store that cannot be reached before it ends; others wait for it meanwhile, so this is to
     be less than faults.hang_seconds."""
     normalisation: NormalisationConfig = NormalisationConfig()
     """Scaling of the BOLD signal."""
-    split: SplitConfig = SplitConfig()
-    """Subjects for training, validation and test."""
     threads: PositiveInt = 2
     """Threads of each rank that read and decode chunks."""
     prefetch: int = Field(default=2, ge=1, le=64)
     """Micro-batches that each rank reads ahead."""
     prefetch_mb: PositiveInt = 1024
     """Most megabytes that each rank reads ahead, whatever `prefetch` says; one micro-batch is always read."""
+
+
+class DataConfig(StoreConfig):
+    """The store that pretraining reads, and which of its subjects and clips."""
+
+    frames_per_run: PositiveInt | None = None
+    """Only so many first frames of each training run are used, as if scans were shorter; all when unset."""
+    mixing: MixingConfig = MixingConfig()
+    """How often each cohort comes."""
+    exclude: Path | None = None
+    """Clips left out from the beginning: an `exclusions.json` that another run on the same store has written."""
+    split: SplitConfig = SplitConfig()
+    """Subjects for training, validation and test."""

@@ -34,6 +34,8 @@ _TAKES = {
 }
 """What a key takes, by pydantic's name of the problem, in words of YAML rather than of Python."""
 _SHOWN_CHARACTERS = 60
+PRESETS = ("model", "task")
+"""Keys whose value may be the name of a preset: of `configs/<key>`."""
 T = TypeVar("T", bound=Config)
 
 
@@ -90,7 +92,7 @@ def load(cls: type[T], path: Path, overrides: Iterable[str] = ()) -> T:
 
     Args:
         cls: class of the whole configuration.
-        path: a YAML file; a `model:` entry may be the name of a preset, or a mapping with `preset:`.
+        path: a YAML file; a `model:` or `task:` entry may be the name of a preset, or a mapping with `preset:`.
         overrides: `section.key=value` words; the value is YAML.
 
     Returns:
@@ -102,9 +104,7 @@ def load(cls: type[T], path: Path, overrides: Iterable[str] = ()) -> T:
     tree, words = read_yaml(path), tuple(overrides)
     for word in words:
         override(tree, word)
-    if "model" in tree:
-        tree["model"] = _expand_model(tree["model"])
-    return build(cls, tree, str(path), words)
+    return build(cls, _expand(tree), str(path), words)
 
 
 def build(cls: type[T], tree: Mapping[str, Any], where: str, overrides: Iterable[str] = ()) -> T:
@@ -147,13 +147,31 @@ def describe(cls: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str
     return rows
 
 
-def _expand_model(value: Any) -> Any:
+def _expand(tree: Mapping[str, Any]) -> Tree:
+    """Put presets in the place of their names: those of `model` and `task`, at the top and in sections."""
+    expanded: Tree = {}
+    for key, value in tree.items():
+        filled = _preset(key, value) if key in PRESETS else value
+        expanded[key] = _expand(filled) if isinstance(filled, dict) else filled
+    return expanded
+
+
+def _preset(kind: str, value: Any) -> Any:
     if isinstance(value, str):
-        return read_yaml(find_preset("model", value))
+        return read_yaml(find_preset(kind, value))
     if isinstance(value, dict) and "preset" in value:
-        rest = {k: v for k, v in value.items() if k != "preset"}
-        return read_yaml(find_preset("model", str(value["preset"]))) | rest
+        preset = read_yaml(find_preset(kind, str(value["preset"])))
+        return _over(preset, {k: v for k, v in value.items() if k != "preset"})
     return value
+
+
+def _over(below: Tree, above: Mapping[str, Any]) -> Tree:
+    """Values of one tree before those of another; sections are joined, everything else is replaced."""
+    joined = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(joined.get(key), dict)
+        joined[key] = _over(joined[key], value) if both else value
+    return joined
 
 
 def override(tree: Tree, word: str) -> None:
@@ -172,7 +190,7 @@ def override(tree: Tree, word: str) -> None:
     *sections, last = key.split(".")
     for section in sections:
         below = tree.get(section)
-        if section == "model" and isinstance(below, str):
+        if section in PRESETS and isinstance(below, str):
             below = {"preset": below}
         if below is None:
             below = {}
