@@ -134,6 +134,11 @@ class Stage(nn.Module):
         return out
 
 
+def _on_grid(rows: Tensor, grid: Grid, batch: int) -> Tensor:
+    """Rows of (cell, sample) as (batch, C, h, w, d, t)."""
+    return rows.reshape(*grid, batch, -1).permute(4, 5, 0, 1, 2, 3).contiguous()
+
+
 def _applied(block: nn.Module, x: Tensor, steps: tuple[Step, ...], draw: Tensor | None) -> Tensor:
     out: Tensor = block(x, steps, draw)
     return out
@@ -256,6 +261,43 @@ class Swin4D(nn.Module):
             raise AssertionError("tokens of each sample's own have rows of their own")
         return self._encode(x, route, volume, drop_path), x, route.rows
 
+    def stages(self, volume: Tensor, brain: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Features of every stage, without drop path.
+
+        Args:
+            volume: as in `forward`.
+            brain: as in `forward`.
+
+        Returns:
+            (B, C_s, h_s, w_s, d_s, t) of each stage s after its last block and before its merging; with packing, 0 where a
+            token holds no brain. The last is what `forward` gives.
+        """
+        self._check(volume)
+        route = self.route(volume, brain)
+        x = self._embed(volume, route)
+        x = route.enter(x.view(-1, route.batch, x.shape[-1]))
+        times = -(-volume.shape[-1] // self.config.patch_size[3])
+        grids = stage_grids(self.config, volume.shape[2:])
+        features = []
+        for index, (layer, stage, grid) in enumerate(zip(self.layers, route.stages, grids, strict=True)):
+            if self.config.absolute_position:
+                x = self.pos_embeds[index](x, stage, times)
+            x = layer(x, stage, None, None)
+            last = index + 1 == len(self.layers)
+            if last and self.config.variant != "swift_v1":
+                x = self.norm(x)
+            leave = route.leave if last else self.route(volume, brain, self._ending_with(index)).leave
+            features.append(_on_grid(leave(x), grid, len(volume)))
+            if not last:
+                merging: nn.Module = layer.get_submodule("downsample")
+                x = merging(x, route.stages[index + 1].merge)
+        return tuple(features)
+
+    def _ending_with(self, stage: int) -> ModelConfig:
+        """This architecture cut off after a stage: its way in, as far as it goes, is this one's."""
+        kept = {"depths": self.config.depths[: stage + 1], "num_heads": self.config.num_heads[: stage + 1]}
+        return self.config.model_copy(update={**kept, "last_layer_full_msa": False})
+
     def _embed(self, volume: Tensor, route: Route) -> Tensor:
         out: Tensor = self.patch_embed(volume.to(self.patch_embed.fc.weight.dtype), route.voxels, route.rows)
         return out
@@ -274,8 +316,7 @@ class Swin4D(nn.Module):
         if self.config.variant != "swift_v1":
             x = self.norm(x)
         grid = stage_grids(self.config, volume.shape[2:])[-1]
-        features: Tensor = route.leave(x).view(*grid, len(volume), -1).permute(4, 5, 0, 1, 2, 3).contiguous()
-        return features
+        return _on_grid(route.leave(x), grid, len(volume))
 
     def use_template(self, brain: Tensor) -> None:
         """Compute only tokens that hold a voxel of this mask, from now on and wherever the weights go.
