@@ -1,0 +1,1 @@
+"""What becomes of predictions: targets, metrics with intervals, calibration, comparison; without torch."""
