@@ -133,13 +133,19 @@ def hash_subjects(subjects: Iterable[str], salt: str) -> SubjectHashes:
     return SubjectHashes(salt=salt, hashes=tuple(sorted({hash_subject(subject, salt) for subject in subjects})))
 
 
-def export(folder: Path, weights: nn.Module | Mapping[str, Tensor], card: Card | Mapping[str, Any]) -> Card:
+def export(
+    folder: Path,
+    weights: nn.Module | Mapping[str, Tensor],
+    card: Card | Mapping[str, Any],
+    beside: Mapping[str, bytes] | None = None,
+) -> Card:
     """Write weights and their card into a new folder; it appears whole or not at all.
 
     Args:
         folder: must not exist.
         weights: a `Swin4D`, `SimMIM` or `VisibleOnly`, or its state dict.
         card: what `Card` holds; `sha256`, `bytes` and `mup` are filled in.
+        beside: contents of further files of the folder, by name.
 
     Returns:
         The card as written.
@@ -157,10 +163,12 @@ def export(folder: Path, weights: nn.Module | Mapping[str, Tensor], card: Card |
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch.mkdir()
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, scratch / TENSORS)
-        content = {"sha256": sha256(scratch / TENSORS), "bytes": (scratch / TENSORS).stat().st_size}
-        written = card.model_copy(update={**content, "mup": factors(card.model)})
+        measured = {"sha256": sha256(scratch / TENSORS), "bytes": (scratch / TENSORS).stat().st_size}
+        written = card.model_copy(update={**measured, "mup": factors(card.model)})
         (scratch / CARD).write_text(written.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        for path in (scratch / TENSORS, scratch / CARD, scratch):
+        for name, content in (beside or {}).items():
+            (scratch / name).write_bytes(content)
+        for path in (*scratch.iterdir(), scratch):
             sync(path)
         scratch.rename(folder)
         sync(folder.parent)

@@ -109,7 +109,7 @@ class RunDirectory:
             attempt = 1 + max(last_attempt(path), _last_written_attempt(path))
             lease = Lease.acquire(path, attempt)
             try:
-                changes = _compare(path / "config.yaml", config_text, changeable)
+                changes = compare_config(path / "config.yaml", config_text, changeable)
                 write_file(path / "config.yaml", config_text)
                 write_file(path / "environment.json", json.dumps(_environment(world), indent=1) + "\n")
                 write_file(path / "resume.sh", _resume_script(world), mode=0o755)
@@ -182,7 +182,12 @@ def _last_written_attempt(path: Path) -> int:
     return max((row["attempt"] for name in names for row in read_lines(path / name)), default=0)
 
 
-def _compare(path: Path, config_text: str, changeable: Collection[str]) -> dict[str, tuple[Any, Any]]:
+def compare_config(path: Path, config_text: str, changeable: Collection[str] = CHANGEABLE) -> dict[str, tuple[Any, Any]]:
+    """What differs between a run's `config.yaml`, where there is one, and a resolved configuration: (before, now) by key.
+
+    Raises:
+        UsageError: a key differs that may not.
+    """
     if not path.exists():
         return {}
     old, new = (_flatten(yaml.safe_load(text)) for text in (path.read_text(encoding="utf-8"), config_text))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from swiftv2.config.data import DataConfig
+from swiftv2.config.data import StoreConfig
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.data.samples.batch import RunTable
 from swiftv2.data.samples.clips import ClipIndex, check_repetition_times, index_clips, select_runs
@@ -69,7 +69,7 @@ class Data:
         gone = [Exclusion(clip, samples) for clip in self.withdrawn_train]
         return SampleOrder(seed, len(self.train), [*known, *gone], self.mixture, self.table.cohort[self.train.run])
 
-    def reading(self, config: DataConfig, device: torch.device) -> Reading:
+    def reading(self, config: StoreConfig, device: torch.device) -> Reading:
         """How this rank reads clips, for training and evaluation alike."""
         return Reading(
             threads=config.threads,
@@ -133,9 +133,9 @@ def open_data(config: PretrainConfig, run_dir: Path | None = None) -> Data:
             f"model.image_size={list(config.model.image_size)} is not the grid of {config.data.store}, "
             f"{list(store.grid.shape)}: set model.image_size or build the store with another grid.voxel_mm"
         )
-    begun = _begun(run_dir, store)
-    version = store.version if begun is None else int(begun["store"]["version"])
-    splits = _split(config, store) if begun is None else Splits(**{name: tuple(v) for name, v in begun["splits"].items()})
+    former = begun(run_dir, store)
+    version = store.version if former is None else int(former["store"]["version"])
+    splits = _split(config, store) if former is None else Splits(**{name: tuple(v) for name, v in former["splits"].items()})
     chosen = [
         select_runs(store.runs, subjects, config.data.cohorts, version)
         for subjects in (splits.train, splits.part(config.evaluate.split))
@@ -146,12 +146,12 @@ def open_data(config: PretrainConfig, run_dir: Path | None = None) -> Data:
     every = [int(i) for runs in chosen for i in runs]
     together = config.data.allow_mixed_tr or config.clip.target_tr is not None
     check_repetition_times([store.runs[i].tr for i in every], together)
-    _check_cleaned(config, store, every)
+    check_cleaned(config.data, store, every)
 
     def censored(index: int) -> Any:
         return store.censored(index, config.clip.displacement_mm)
 
-    counts = None if begun is None else begun["clips"]
+    counts = None if former is None else former["clips"]
     train, heldout = (
         index_clips(store.runs, config.clip, runs, allow_mixed_tr=True, censored=censored, counts=counts, frames=frames)
         for runs, frames in zip(chosen, (config.data.frames_per_run, None), strict=True)
@@ -166,7 +166,7 @@ def open_data(config: PretrainConfig, run_dir: Path | None = None) -> Data:
     return Data(store, version, splits, train, heldout, table, mixture, gone[0], gone[1], absence)
 
 
-def _begun(run_dir: Path | None, store: Store) -> dict[str, Any] | None:
+def begun(run_dir: Path | None, store: Store) -> dict[str, Any] | None:
     """What a run that was begun noted of its data.
 
     Raises:
@@ -201,19 +201,19 @@ def _families(store: Store) -> dict[str, str]:
     return {run.subject: f"{run.cohort}/{row['family_id']}" for run, row in pairs if row.get("family_id")}
 
 
-def _check_cleaned(config: PretrainConfig, store: Store, runs: list[int]) -> None:
+def check_cleaned(config: StoreConfig, store: Store, runs: list[int]) -> None:
     """Refuse cleaned runs where their scaling would mean something else than that of others.
 
     Raises:
         UsageError: they meet others, or are scaled by one mean over all voxels, without leave.
     """
     cleaned = sum(store.runs[i].cleaned for i in runs)
-    if not cleaned or config.data.allow_cleaned or config.data.normalisation.kind in ("per_voxel", "none"):
+    if not cleaned or config.allow_cleaned or config.normalisation.kind in ("per_voxel", "none"):
         return
     what = "all runs are" if cleaned == len(runs) else f"{cleaned} of {len(runs)} runs are"
     raise UsageError(
         f"{what} cleaned already (their voxels' means are about zero), so data.normalisation.kind="
-        f"{config.data.normalisation.kind} scales them by their fluctuation and not by their image: "
+        f"{config.normalisation.kind} scales them by their fluctuation and not by their image: "
         "use per_voxel, choose other data.cohorts, or say data.allow_cleaned=true"
     )
 

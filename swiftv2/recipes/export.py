@@ -2,14 +2,15 @@
 
 import json
 import secrets
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from swiftv2 import weights
+from swiftv2.config.data import ClipConfig, NormalisationConfig
 from swiftv2.config.load import load
 from swiftv2.config.pretrain import PretrainConfig
-from swiftv2.data.samples.splits import Splits
 from swiftv2.data.store.reader import Store
 from swiftv2.engine.checkpoint import latest, list_checkpoints, read_weights, verify_checkpoint
 from swiftv2.errors import SwiftError
@@ -30,7 +31,7 @@ def write_contract(run_dir: Path, config: PretrainConfig, data: Data) -> None:
         return
     store, splits = data.store, data.splits
     content = {
-        "input": input_contract(config, data).model_dump(mode="json"),
+        "input": contract_of(config, data).model_dump(mode="json"),
         "store": {
             "id": store.attributes["store_id"],
             "version": data.version,
@@ -39,25 +40,32 @@ def write_contract(run_dir: Path, config: PretrainConfig, data: Data) -> None:
         },
         "splits": asdict(splits),
         "clips": data.counts(),
-        "subjects": _hashes(store, splits),
+        "subjects": hashes_of(store, splits.train),
     }
     write_file(path, json.dumps(content, indent=1) + "\n")
 
 
-def input_contract(config: PretrainConfig, data: Data) -> weights.InputContract:
-    """What a model trained on these clips expects as input."""
-    times = {config.clip.target_tr or round(float(data.store.runs[i].tr), 3) for i in set(data.train.run.tolist())}
-    grid = data.store.grid
+def contract_of(config: PretrainConfig, data: Data) -> weights.InputContract:
+    """What a model pretrained on these clips expects as input."""
+    return input_contract(data.store, config.clip, config.data.normalisation, set(data.train.run.tolist()))
+
+
+def input_contract(
+    store: Store, clip: ClipConfig, normalisation: NormalisationConfig, runs: Iterable[int]
+) -> weights.InputContract:
+    """What a model that is fed with clips of these runs of a store gets, or expects, as input."""
+    times = {clip.target_tr or round(float(store.runs[i].tr), 3) for i in runs}
+    grid = store.grid
     return weights.InputContract(
         orientation=grid.orientation,
         space=grid.space,
         grid=grid.shape,
         voxel_mm=grid.voxel_mm,
         tr_seconds=times.pop() if len(times) == 1 else None,
-        frames=config.clip.frames,
-        stride_within=config.clip.stride_within,
-        normalisation=config.data.normalisation,
-        mask="box" if len(data.store.voxels) == grid.size else "template",
+        frames=clip.frames,
+        stride_within=clip.stride_within,
+        normalisation=normalisation,
+        mask="box" if len(store.voxels) == grid.size else "template",
     )
 
 
@@ -98,9 +106,17 @@ def export_checkpoint(run_dir: Path, folder: Path, step: int | None = None) -> P
     return folder
 
 
-def _hashes(store: Store, splits: Splits) -> dict[str, Any] | None:
+def hashes_of(store: Store, subjects: Iterable[str], salt: str | None = None) -> dict[str, Any] | None:
+    """Salted hashes of subjects by their keys, as cards hold them; None where the store's file of ids may not be read.
+
+    Args:
+        store: whose subjects.
+        subjects: pseudonymous keys.
+        salt: hexadecimal; a new one when None.
+    """
     try:
         names = {key: name for name, key in store.subject_ids().items() if "/" in name}
     except SwiftError:
         return None
-    return weights.hash_subjects((names[key] for key in splits.train), secrets.token_hex(16)).model_dump(mode="json")
+    salt = salt or secrets.token_hex(16)
+    return weights.hash_subjects((names[key] for key in subjects), salt).model_dump(mode="json")

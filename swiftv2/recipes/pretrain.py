@@ -31,7 +31,7 @@ from swiftv2.recipes.branch import find_branch
 from swiftv2.recipes.data import Data, open_data
 from swiftv2.recipes.evaluate import HeldOut
 from swiftv2.recipes.exclusions import EXCLUSIONS, read_exclusions, write_exclusions
-from swiftv2.recipes.export import input_contract, write_contract
+from swiftv2.recipes.export import contract_of, write_contract
 from swiftv2.recipes.objective import Objective, template_mask
 from swiftv2.recipes.pictures import save_reconstruction
 from swiftv2.recipes.stream import DeviceStream
@@ -195,7 +195,7 @@ def _load_start(config: PretrainConfig, data: Data) -> dict[str, Tensor]:
     for name in sorted(mine.keys() - free):
         if mine[name] != theirs[name]:
             raise SwiftError(f"run.init_from={source}: made with model.{name}={theirs[name]}, not {mine[name]}")
-    weights.check_contract(card, input_contract(config, data))
+    weights.check_contract(card, contract_of(config, data))
     if config.model.packing == "template":
         _check_template(tensors["encoder.template"], config, data, source)
     return tensors
