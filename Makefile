@@ -36,7 +36,8 @@ types:
 	$(BIN)/mypy
 
 tests:
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not alone" -n $(RANKS) --dist loadfile
+	$(BIN)/python -m pytest -m alone
 
 test-slurm: environment
 	$(BIN)/python -m pytest tests/slurm

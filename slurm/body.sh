@@ -235,7 +235,7 @@ main() {
         read -r -a usual <<<"${SWIFTV2_WORDS:-}"
         words=("$1" "$2" "${usual[@]}" "${given[@]}")
         ;;
-    sweep) given=("${@:2}") ;;
+    sweep | finetune | tune | embed) given=("${@:2}") ;;
     esac
     most=${SWIFTV2_MOST_REQUEUES:-30}
     local answer lines
@@ -246,7 +246,12 @@ main() {
     note_submission "${given[@]}"
     say "job $job, start $((restart + 1)), $SLURM_NNODES nodes ($SLURM_JOB_NODELIST), site $site: $target from $mark"
     local doctor=${SWIFTV2_DOCTOR:-quick}
-    if [ "$verb" != store ] && [ "$SLURM_NNODES" -gt 1 ] && [ "$doctor" != off ]; then see_doctor "$doctor"; fi
+    case $verb in
+    store | tune | embed | finetune) doctor=off ;; # It checks what a pretraining run is made from.
+    esac
+    if [ "$SLURM_NNODES" -gt 1 ] && [ "$doctor" != off ]; then see_doctor "$doctor"; fi
+    # A worker of a study starts the ranks of its trials itself.
+    [ "$verb" != tune ] || step+=("--ntasks=$SLURM_NNODES" --ntasks-per-node=1)
     train
 }
 

@@ -5,7 +5,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from swiftv2 import __version__
-from swiftv2.commands import checkpoint, doctor, job, plan, pretrain, status, store_read, store_synth, store_write, sweep
+from swiftv2.commands import (
+    checkpoint,
+    doctor,
+    embed,
+    explain,
+    finetune,
+    import_v1,
+    job,
+    plan,
+    pretrain,
+    status,
+    store_read,
+    store_synth,
+    store_write,
+    sweep,
+    task,
+    tune,
+)
 from swiftv2.commands.ranks import STOPPED, STOPPED_EARLY, Terminated, complain, own_rank
 from swiftv2.errors import InterruptedRunError, RankError, SwiftError
 from swiftv2.terminal import Parser
@@ -71,7 +88,14 @@ def _parser() -> Parser:
     for module in (store_write, store_read, store_synth):
         module.add(store)
     pretrain.add(nouns)
-    checkpoint.add(_verbs(nouns, "checkpoint", "list, check, export or adopt checkpoints of a run, suggest their interval"))
+    finetune.add(nouns)
+    tune.add(_verbs(nouns, "tune", "tune fine-tuning by Optuna: run a study's workers, see how it stands, finish it"))
+    task.add(_verbs(nouns, "task", "look at downstream tasks, fit baselines and probes, compare results"))
+    embed.add(nouns)
+    explain.add(_verbs(nouns, "explain", "say what predictions rest on, and how embeddings move in time"))
+    checkpoints = _verbs(nouns, "checkpoint", "list, check, export, adopt or import checkpoints, suggest their interval")
+    for module in (checkpoint, import_v1):
+        module.add(checkpoints)
     plan.add(nouns)
     doctor.add(nouns)
     job.add(_verbs(nouns, "job", "what the Slurm launchers ask before and after the ranks"))

@@ -20,10 +20,12 @@ ALLOWED = {
     "weights": {"errors", "files", "config", "models"},
     "plan": {"errors", "files", "config", "models"},
     "scaling": {"errors", "files", "config"},
+    "downstream": {"errors", "files", "config"},
+    "tuning": {"errors", "files", "records", "config", "engine"},
     "report": {"errors", "files", "records", "config"},
     "cluster": {"errors", "files", "records", "config"},
     "terminal": {"errors"},
-    "recipes": {"errors", "files", "records", "config", "weights", "plan", "report", "scaling"} | WINGS,
+    "recipes": {"errors", "files", "records", "config", "weights", "plan", "report", "scaling", "downstream"} | WINGS,
     "commands": {
         "errors",
         "config",
@@ -35,6 +37,8 @@ ALLOWED = {
         "recipes",
         "report",
         "scaling",
+        "downstream",
+        "tuning",
         "files",
         "data",
         "engine",
@@ -107,6 +111,13 @@ def test_the_command_line_starts_without_the_heavy_libraries() -> None:
         top = ast.parse(path.read_text(encoding="utf-8")).body
         names = {a.name for n in top if isinstance(n, ast.Import) for a in n.names}
         names |= {n.module or "" for n in top if isinstance(n, ast.ImportFrom)}
-        assert not {n for n in names if n.split(".")[0] in {"torch", "deepspeed", "mpi4py", "zarr", "matplotlib"}}, path
-        heavy = ("swiftv2.data", "swiftv2.models", "swiftv2.engine", "swiftv2.recipes", "swiftv2.report", "swiftv2.weights")
-        assert not {n for n in names if n.startswith(heavy)} - {"swiftv2.engine.place"}, path
+        assert not {
+            n
+            for n in names
+            if n.split(".")[0]
+            in {"torch", "deepspeed", "mpi4py", "zarr", "matplotlib", "optuna", "sklearn", "pandas", "captum"}
+        }, path
+        light = {"swiftv2.engine.place"}
+        parts = ("data", "models", "engine", "recipes", "report", "weights", "downstream", "tuning")
+        heavy = tuple(f"swiftv2.{part}" for part in parts)
+        assert not {n for n in names if n.startswith(heavy)} - light, path

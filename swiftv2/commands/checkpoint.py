@@ -121,9 +121,18 @@ def _checkpoint_verify(arguments: argparse.Namespace) -> int:
 
 def _checkpoint_export(arguments: argparse.Namespace) -> int:
     from swiftv2.recipes.export import export_checkpoint
+    from swiftv2.recipes.finetuned import export_finetuned, is_finetuning
+    from swiftv2.recipes.modelcard import write_model_card
 
-    folder = export_checkpoint(arguments.run_dir, arguments.folder, arguments.step)
-    answer({"folder": str(folder)}, f"{folder}: weights.safetensors and weights.json", as_json=arguments.json)
+    if is_finetuning(arguments.run_dir):
+        if arguments.step is not None:
+            raise UsageError("--step is for pretraining: of a fine-tuning run the step that validation chose is exported")
+        folder = export_finetuned(arguments.run_dir, arguments.folder)
+    else:
+        folder = export_checkpoint(arguments.run_dir, arguments.folder, arguments.step)
+    write_model_card(folder, arguments.run_dir)
+    files = "weights.safetensors, weights.json and MODEL_CARD.md"
+    answer({"folder": str(folder)}, f"{folder}: {files}", as_json=arguments.json)
     return 0
 
 

@@ -1,15 +1,12 @@
 """The command that pretrains."""
 
 import argparse
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
-from swiftv2.commands.ranks import own_rank
+from swiftv2.commands.ranks import own_rank, training
 from swiftv2.config.load import dump, load
 from swiftv2.config.pretrain import PretrainConfig
-from swiftv2.errors import InterruptedRunError
 from swiftv2.terminal import add_command, say
 
 OVERRIDES = "words that change single settings of the file, such as train.max_steps=1000; an unknown key is refused"
@@ -38,19 +35,9 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         say(dump(config).rstrip("\n"))
         return 0
-    # Before the first step, and after the last, nothing is lost by ending at once; in between the loop hears them itself.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda *_: os._exit(InterruptedRunError.exit_status))
     from swiftv2.recipes.pretrain import pretrain
 
-    try:
-        result = pretrain(config)
-    except RuntimeError as error:
-        from swiftv2.engine.loss import after_loss, lost_each_other
-
-        if not lost_each_other(error):
-            raise
-        raise after_loss(error) from error
+    result = training(lambda: pretrain(config))
     if own_rank() == 0 and not result.stopped_early:
         say(f"{config.run.dir}: {result.step} steps done; look at {config.run.dir / 'figures' / 'pretraining.png'}")
     return result.exit_status

@@ -5,9 +5,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from swiftv2.engine.place import find_place
 from swiftv2.errors import SwiftError, UsageError
@@ -15,11 +15,31 @@ from swiftv2.errors import SwiftError, UsageError
 if TYPE_CHECKING:
     from swiftv2.data.ranks import Communicator
 
+Trained = TypeVar("Trained")
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_STEP_ID")
 STOPPED_EARLY = 75
 SILENT_SECONDS = 15.0
 STOPPED = "stopped by SIGTERM; what is done is kept: run the same command again to go on"
+
+
+def training(train: Callable[[], Trained]) -> Trained:
+    """Call what trains, on every rank; what the other ranks' end does to this one is told in one line.
+
+    Raises:
+        SwiftError: a rank was lost.
+    """
+    # Before the first step, and after the last, nothing is lost by ending at once; in between the loop hears them itself.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda *_: os._exit(STOPPED_EARLY))
+    try:
+        return train()
+    except RuntimeError as error:
+        from swiftv2.engine.loss import after_loss, lost_each_other
+
+        if not lost_each_other(error):
+            raise
+        raise after_loss(error) from error
 
 
 class Terminated(BaseException):
