@@ -249,7 +249,7 @@ def test_damaged_checkpoints_are_passed_over_and_not_exported(
     assert str(weights) in line
     assert not (tmp_path / "w").exists()
     assert cli.main(["checkpoint", "export", str(run), str(tmp_path / "w"), "--step", "4"]) == 0
-    assert sorted(path.name for path in (tmp_path / "w").iterdir()) == ["weights.json", "weights.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "w").iterdir()) == ["MODEL_CARD.md", "weights.json", "weights.safetensors"]
 
     assert cli.main(["checkpoint", "verify", str(run), "--json"]) == 1
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["checkpoints"]

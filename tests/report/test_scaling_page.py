@@ -11,7 +11,7 @@ import pytest
 from scaling_trees import BUDGETS, GRID, OFF, coordinates_tree, fit_tree, prediction_tree, transfer_tree
 
 from swiftv2.report.scaling import sections, write_page
-from swiftv2.report.scaling.markup import Content, document, number
+from swiftv2.report.markup import Content, document, number
 
 OF_FIT = ("loss_against_compute", "loss_against_tokens", "loss_against_parameters", "residuals")
 VOID = {"meta", "img"}

@@ -10,8 +10,8 @@ from xml.etree.ElementTree import Element
 from matplotlib.figure import Figure
 
 from swiftv2.files import write_file
+from swiftv2.report.markup import Content, document, element
 from swiftv2.report.scaling import checks, losses, sections, widths
-from swiftv2.report.scaling.markup import Content, document, element
 from swiftv2.report.scaling.style import PAGE_INCHES, render
 
 PAGE = "index.html"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from swiftv2.report.scaling.markup import Cell, Content, Number, between, element, listed, number, tabled, warned
+from swiftv2.report.markup import Cell, Content, Number, between, element, listed, number, tabled, warned
 from swiftv2.report.scaling.style import shown
 
 Tree = Mapping[str, Any]
