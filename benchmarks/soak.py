@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT / "tests" / "faults"))
 from chain import STEPS_A_KILL, WHEN, WHO, Cost, Kill, Killed, cost, plan, run_chain, settings
 from crew import HANG_SECONDS, PLAIN, ZERO2, complete, events, job, options
-from outcome import assert_same_end
+from endings import assert_same_end
 
 PACKAGES = ("torch", "deepspeed", "safetensors")
 RANKS = 2

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from crew import Job, command, events, once
-from outcome import assert_readable, assert_same_end
+from endings import assert_readable, assert_same_end
 
 from swiftv2.config.load import load
 from swiftv2.config.pretrain import PretrainConfig

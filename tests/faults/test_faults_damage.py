@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from crew import complete, events, once, options
-from outcome import assert_same_end
+from endings import assert_same_end
 
 from swiftv2.engine.checkpoint import list_checkpoints
 from swiftv2.engine.shards import shard_name

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from crew import Job, complete, events, job, leftovers, once, options
-from outcome import assert_readable, assert_same_end
+from endings import assert_readable, assert_same_end
 
 from swiftv2.engine.checkpoint import list_checkpoints, verify_checkpoint
 from swiftv2.records import read_lines

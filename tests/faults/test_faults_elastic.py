@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from crew import PLAIN, ZERO2, complete, events, job, options
-from outcome import assert_readable, rows, state
+from endings import assert_readable, rows, state
 
 from swiftv2.engine.checkpoint import latest
 

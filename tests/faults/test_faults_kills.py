@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from chain import STEPS_A_KILL, plan, run_chain, settings
 from crew import PLAIN, complete, events, job, options
-from outcome import assert_same_end
+from endings import assert_same_end
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

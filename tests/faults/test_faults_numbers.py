@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from crew import PLAIN, ZERO2, complete, events, job, leftovers, once, options
-from outcome import assert_readable, assert_same_end
+from endings import assert_readable, assert_same_end
 
 from swiftv2.engine.checkpoint import list_checkpoints
 

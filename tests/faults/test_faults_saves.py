@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 from crew import PLAIN, ZERO2, complete, events, job, leftovers, options
-from outcome import assert_readable, assert_same_end
+from endings import assert_readable, assert_same_end
 
 from swiftv2.engine.checkpoint import latest, list_checkpoints
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from crew import complete, events, job, once, options
-from outcome import assert_same_end
+from endings import assert_same_end
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from cluster import Cluster, remove
 from launched import GEOMETRY, ROOT, Launched, environment
-from outcome import assert_same_end
+from endings import assert_same_end
 from ranks import swiftv2_run
 
 from swiftv2.records import METRICS, newest_step, read_holder, read_metrics
