@@ -16,14 +16,17 @@ settings.register_profile("swiftv2", deadline=None, derandomize=True, print_blob
 settings.load_profile("swiftv2")
 
 
-ALONE = ("faults", "slurm", "engine", "test_cli_failures.py", "test_cli_lost_ranks.py")
+ALONE = {
+    *("faults", "slurm", "test_cli_failures.py", "test_cli_lost_ranks.py"),
+    *(f"test_engine_{noun}.py" for noun in ("checkup", "launch", "loop", "pace", "rundir", "sentinel", "signals", "syncs")),
+}
 """What kills, waits or measures by the clock."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` skip themselves where PyTorch finds none; what goes by the clock is marked `alone`."""
     for item in items:
-        if set(item.path.relative_to(Path(__file__).parent).parts) & set(ALONE):
+        if set(item.path.relative_to(Path(__file__).parent).parts) & ALONE:
             item.add_marker("alone")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not torch.cuda.is_available():
