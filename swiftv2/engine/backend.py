@@ -2,9 +2,10 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from swiftv2.engine.clock import Clock
 from swiftv2.engine.collective import gather, on_each
 from swiftv2.engine.launch import World
 from swiftv2.engine.shards import SavedState, Stretch
@@ -20,6 +22,9 @@ from swiftv2.errors import SwiftError
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
 MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
 KINDS: tuple[Kind, ...] = ("weight", *MOMENTS)
+
+BASELINE = "baseline/"
+"""Begins the name of a count that is the sum over clips of what a baseline would lose."""
 
 Judge = Callable[[float, float], str | None]
 """Given a step's loss and gradient norm, why its update is refused; None where it is not."""
@@ -34,29 +39,47 @@ class StepResult:
         grad_norm: of the global gradient before clipping.
         refused: why weights and optimizer state were left as they were; None where they were updated.
         losses: of this rank's micro-batches, where the step was refused.
+        counts: what the module counted beside the loss, summed over the global batch, and what `Backend.step` was given,
+            summed over ranks.
     """
 
     loss: float
     grad_norm: float
     refused: str | None = None
     losses: tuple[float, ...] = ()
+    counts: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def loss_ratio(self) -> float | None:
+        """The loss over that of the better baseline on the same batch; None where none was counted, or it is 0."""
+        least = min((value for name, value in self.counts.items() if name.startswith(BASELINE)), default=0.0)
+        return self.loss * self.counts["clips"] / least if least > 0 else None
 
 
 class Verdict:
-    """What is made of a step before its update; the numbers come to the host once."""
+    """What is made of a step before its update; the numbers come to the host once.
 
-    def __init__(self, loss: Tensor, judge: Judge) -> None:
+    Args:
+        numbers: (1 + n,) float64 on the device: the loss, then n others.
+        judge: see `Backend.step`.
+        clock: told that the device was waited for.
+    """
+
+    def __init__(self, numbers: Tensor, judge: Judge, clock: Clock) -> None:
         self.loss = self.norm = math.nan
+        self.others: list[float] = []
         self.refused: str | None = None
-        self._tensor, self._judge, self._asked = loss, judge, False
+        self._numbers, self._judge, self._clock, self._asked = numbers, judge, clock, False
 
     def refuses(self, norm: Tensor | float) -> bool:
         """Whether a gradient of this norm is not to be used; asked again, it answers as before."""
         if not self._asked:
             self._asked = True
             other = norm if isinstance(norm, Tensor) else torch.tensor(norm)
-            pair = torch.stack((self._tensor, other.detach().reshape(()).to(self._tensor)))
-            self.loss, self.norm = pair.tolist()
+            numbers = torch.cat((self._numbers, other.detach().reshape(1).to(self._numbers)))
+            self._clock.lap()
+            self.loss, *self.others, self.norm = numbers.tolist()
+            self._clock.waited()
             # DeepSpeed's norms say -1 where one is not finite.
             self.norm = self.norm if self.norm >= 0 else math.inf
             self.refused = "its gradient norm is not finite" if not math.isfinite(self.norm) else None
@@ -68,7 +91,12 @@ class Backend(ABC):
     """Computes steps and holds weights and optimizer state.
 
     The module's `forward(batch)` gives the mean loss over the clips of a micro-batch, a scalar. Every rank computes
-    `accumulation` micro-batches of equal size a step, so that the mean of the means is the mean over the global batch.
+    `accumulation` micro-batches of equal size a step, so that the mean of the means is the mean over the global batch. A
+    module may have `counts`: sums over the clips of its last forward pass by name, scalars on its device or plain numbers, of
+    equal names on all ranks; they travel with the loss.
+
+    Attributes:
+        clock: told which part of a step is computed.
     """
 
     def __init__(self, module: nn.Module, world: World, accumulation: int) -> None:
@@ -76,7 +104,9 @@ class Backend(ABC):
         self.world = world
         self.accumulation = accumulation
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.clock = Clock(world.device)
         self._losses: list[Tensor] = []
+        self._counts: dict[str, Tensor | float] = {}
         self._without_gradient: set[str] | None = None
         self._hooks: list[RemovableHandle] = []
 
@@ -95,9 +125,11 @@ class Backend(ABC):
             self._watch_gradients()
         loss = self._forward_backward(batch)
         self._losses.append(loss.detach())
+        for name, value in getattr(self.module, "counts", {}).items():
+            self._counts[name] = self._counts.get(name, 0.0) + value
         return self._losses[-1]
 
-    def step(self, lr: float, judge: Judge = lambda *_: None) -> StepResult:
+    def step(self, lr: float, judge: Judge = lambda *_: None, also: Mapping[str, float] = MappingProxyType({})) -> StepResult:
         """Update the weights with the gradient of the global batch (collective).
 
         A gradient that is not finite, or that `judge` refuses, leaves weights and optimizer state as they were. Loss and norm
@@ -106,6 +138,7 @@ class Backend(ABC):
         Args:
             lr: learning rate.
             judge: asked before the update; all ranks must come to the same answer by themselves.
+            also: numbers of this rank that are summed over ranks on the way, of equal names on all.
 
         Raises:
             SwiftError: the micro-batches of a step are not complete, or, in the first step, a trainable parameter got no
@@ -114,15 +147,30 @@ class Backend(ABC):
         if len(self._losses) != self.accumulation:
             raise SwiftError(f"a step has {self.accumulation} micro-batches, {len(self._losses)} were computed")
         self._check_gradients()
-        losses = torch.stack(self._losses)
-        self._losses.clear()
-        loss = losses.double().mean() / self.world.size
-        if self.world.size > 1:
-            dist.all_reduce(loss)
-        verdict = Verdict(loss, judge)
-        self._step(lr, verdict)
+        with self.clock.part("optimizer"):
+            losses = torch.stack(self._losses)
+            counts = {**self._counts, **also}
+            self._losses.clear()
+            self._counts.clear()
+            numbers = self._numbers(losses.double().mean() / self.world.size, counts)
+            if self.world.size > 1:
+                with self.clock.part("communication"):
+                    dist.all_reduce(numbers)
+            verdict = Verdict(numbers, judge, self.clock)
+            self._step(lr, verdict)
         refused = verdict.refused
-        return StepResult(verdict.loss, verdict.norm, refused, tuple(losses.tolist()) if refused else ())
+        summed = dict(zip(counts, verdict.others, strict=True))
+        return StepResult(verdict.loss, verdict.norm, refused, tuple(losses.tolist()) if refused else (), summed)
+
+    def _numbers(self, loss: Tensor, counts: Mapping[str, Tensor | float]) -> Tensor:
+        """(1 + n,) float64: the loss and the counts; plain numbers are filled in, since a copy would wait for the device."""
+        filled = [
+            value.detach().double().reshape(())
+            if isinstance(value, Tensor)
+            else torch.full((), value, dtype=torch.float64, device=loss.device)
+            for value in counts.values()
+        ]
+        return torch.stack((loss, *filled))
 
     def stretches(self) -> Iterator[Stretch]:
         """This rank's part of the state: flat fp32 views, with frozen parameters and buffers whole on rank 0.

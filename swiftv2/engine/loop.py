@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 from swiftv2.config.engine import FaultsConfig, ScheduleConfig, TrainConfig
 from swiftv2.engine.backend import Backend, StepResult
-from swiftv2.engine.checkpoint import TrainerState
 from swiftv2.engine.collective import Agreed, agree
+from swiftv2.engine.energy import DeviceReadings
 from swiftv2.engine.guard import SpikeGuard
 from swiftv2.engine.launch import World
+from swiftv2.engine.lines import evaluation_is_due, is_logged, values_of
 from swiftv2.engine.loss import after_loss, lost_each_other
 from swiftv2.engine.meter import Meter
 from swiftv2.engine.pace import Pace
@@ -26,6 +27,7 @@ from swiftv2.engine.schedule import learning_rate
 from swiftv2.engine.sentinel import Sentinel
 from swiftv2.engine.signals import STOPPED_EARLY, StopRequest, describe
 from swiftv2.engine.stream import Exclusion, Stream
+from swiftv2.engine.totals import Totals
 from swiftv2.errors import SwiftError
 
 Evaluate = Callable[[int, Callable[[], None]], Mapping[str, float]]
@@ -74,7 +76,7 @@ def fit(
     faults: FaultsConfig | None = None,
     evaluate: Evaluate | None = None,
     best_metric: str | None = None,
-    clips_at_peak: float | None = None,
+    peak_flops: float | None = None,
     branch: Path | None = None,
 ) -> FitResult:
     """Train from where the run directory stands up to `train.max_steps` (collective).
@@ -92,7 +94,7 @@ def fit(
         faults: when a step is refused and a run rewound.
         evaluate: called by all ranks every `evaluate_every` steps and after the last; its values are logged.
         best_metric: key of the evaluation whose lowest value marks the best checkpoint, which is saved at once and kept.
-        clips_at_peak: clips a second of all ranks together at their devices' peak, by which `mfu` is counted; None: it is not.
+        peak_flops: FLOP/s of all ranks' devices together at their peak, by which `mfu` is counted; None: it is not.
         branch: checkpoint of another run from which a new one goes on.
 
     Returns:
@@ -113,8 +115,9 @@ def fit(
         progress = stack.enter_context(ProgressLine(world, start.state.step, train.max_steps))
         for problem in start.problems:
             progress.note(f"a damaged checkpoint is set aside: {problem}")
-        parts = _Parts(backend, world, run, batches, train, faults, watch, request, saver, progress)
-        meter = Meter(train.global_batch, train.max_steps, clips_at_peak)
+        readings = stack.enter_context(DeviceReadings(world))
+        parts = _Parts(backend, world, run, batches, train, faults, watch, request, saver, progress, readings)
+        meter = Meter(train.global_batch, train.max_steps, backend.clock, readings, world.device, peak_flops)
         training = _Training(parts, start, meter, lambda step: learning_rate(step, schedule, peak_lr, train.max_steps))
         stack.callback(training.close)
         try:
@@ -141,19 +144,21 @@ class _Parts(NamedTuple):
     request: StopRequest
     saver: Saver
     progress: ProgressLine
+    readings: DeviceReadings
 
 
 class _Training:
     """A run in progress: its state, and what is done to it between two boundaries."""
 
     def __init__(self, parts: _Parts, start: Start, meter: Meter, rate: Callable[[int], float]) -> None:
-        self.parts, self.meter, self.rate = parts, meter, rate
+        self.parts, self.meter, self.rate, self.clock = parts, meter, rate, parts.backend.clock
         self.state = self.saved = state = start.state
         self.new = start.new
         self.stream = parts.batches(state.samples, state.exclusions)
         self.state = replace(state, exclusions=self.stream.exclusions)
         self.guard = SpikeGuard(parts.faults, state.spike_window)
         self.refusals = Refusals(parts.run, parts.backend, parts.world, parts.faults)
+        self.totals = Totals(parts.run, parts.world)
         self.pace = Pace(parts.world)
         self.pace.watch(parts.backend.module)
         self.values: dict[str, float] = {}
@@ -181,12 +186,13 @@ class _Training:
             self.saved = self.state
         while True:
             improved = evaluate is not None and self.evaluate(evaluate, best_metric)
-            if _is_logged(self.state, train, self.values, improved=improved):
+            if is_logged(self.state, train, self.values, improved=improved):
                 run.metrics(self.state.step, self.values)
+                self.meter.told()
             agreed = self.agree()
             if self.refusals.hopeless(self.state):
                 self.go_back()
-            done = self.state.step >= train.max_steps and (evaluate is None or not _evaluation_is_due(self.state, train))
+            done = self.state.step >= train.max_steps and (evaluate is None or not evaluation_is_due(self.state, train))
             self.save(agreed, now=done or agreed.stop > 0 or improved)
             if done or agreed.stop:
                 break
@@ -202,12 +208,13 @@ class _Training:
 
     def evaluate(self, evaluate: Evaluate, best_metric: str | None) -> bool:
         """Evaluate where it is due, also what a stop has cut off; whether the model is the best so far."""
-        if not _evaluation_is_due(self.state, self.parts.train):
+        if not evaluation_is_due(self.state, self.parts.train):
             return False
         self.parts.request.check_time(self.evaluation_seconds + self.parts.saver.longest + _MARGIN_SECONDS)
         asked = time.monotonic()
         try:
-            scores = evaluate(self.state.step, self._tick)
+            with self.clock.part("evaluation"):
+                scores = evaluate(self.state.step, self._tick)
         except EvaluationStopped:
             return False
         self.evaluation_seconds = time.monotonic() - asked
@@ -218,7 +225,7 @@ class _Training:
     def _tick(self) -> None:
         """What an evaluation calls between its batches: it ends there where any rank is asked to stop."""
         request = self.parts.request
-        self.parts.watch.at(self.state.step, "evaluate")
+        self._at(self.state.step, "evaluate")
         request.check_time(self.parts.saver.longest + _MARGIN_SECONDS)
         stop = agree(self.parts.world, stop=request.code).stop
         if stop:
@@ -228,7 +235,7 @@ class _Training:
     def agree(self) -> Agreed:
         """Exchange what each rank knows; leave out together what any of them found of no use."""
         request, saver, stream = self.parts.request, self.parts.saver, self.stream
-        self.parts.watch.at(self.state.step, "boundary")
+        self._at(self.state.step, "boundary")
         request.check_time(1.5 * self.meter.longest + saver.longest + _MARGIN_SECONDS)
         agreed = agree(self.parts.world, stop=request.code, news=stream.faulty(), save=saver.due, flushed=saver.flushed)
         if agreed.stop:
@@ -248,9 +255,10 @@ class _Training:
         permanent = now or (asked and step != former.step)
         if self.state == former or not (permanent or agreed.save):
             return
-        self.parts.watch.at(self.state.step, "save")
+        self._at(self.state.step, "save")
         self.finish_save()
-        self.parts.saver.begin(self.state, permanent=permanent, native=not agreed.stop)
+        with self.clock.part("checkpoint"):
+            self.parts.saver.begin(self.state, permanent=permanent, native=not agreed.stop)
         self.saved = self.state
 
     def finish_save(self, *, last: bool = False) -> None:
@@ -260,7 +268,8 @@ class _Training:
             SwiftError: it failed, and it was the run's last, or so many failed in a row.
         """
         saver = self.parts.saver
-        ended = saver.finish()
+        with self.clock.part("checkpoint"):
+            ended = saver.finish()
         if ended is None:
             return
         if ended.problem is None:
@@ -290,8 +299,11 @@ class _Training:
         rate, passed_over = self.rate(step), step in train.skip_steps
         self.meter.begin()
         self._forward_backward(step, compute=not passed_over)
-        result = _PASSED_OVER if passed_over else self.parts.backend.step(rate, self.guard.judge)
-        self.pace.stepped(self.meter.end())
+        result = _PASSED_OVER
+        if not passed_over:
+            result = self.parts.backend.step(rate, self.guard.judge, {"joules": self.parts.readings.spent()})
+        self.totals.add(result.counts)
+        self.pace.stepped(self.meter.end(result.counts))
         self.state = replace(self.state, step=step, samples=self.state.samples + train.global_batch)
         if result.refused is None:
             self.guard.accept(result.loss, result.grad_norm)
@@ -300,50 +312,33 @@ class _Training:
             if not passed_over:
                 self.state = self.refusals.note(self.state, result, self.stream)
             self.parts.progress.note(f"step {step} refused: {result.refused}")
-        self.values = _values(result, rate, self.meter, self.state)
+        self.values = values_of(result, rate, self.state, self.meter, self.totals)
         self.parts.progress.update(step, self.values)
         if step % _PACE_STEPS == 0:
             report = self.pace.report(self.parts.world)
+            self.meter.compared(report)
             if report["slow"]:
                 self.parts.run.event("slow", step, **report)
                 self.parts.progress.note(f"step {step}: slow ranks: {report['slow']}")
 
     def _forward_backward(self, step: int, *, compute: bool) -> None:
-        backend, watch = self.parts.backend, self.parts.watch
+        backend = self.parts.backend
         for _ in range(backend.accumulation):
-            watch.at(step, "data")
+            self._at(step, "data")
             asked = time.perf_counter()
             try:
-                batch = next(self.stream)
+                with self.clock.part("data"):
+                    batch = next(self.stream)
             except StopIteration as error:
                 raise SwiftError("the batches ended before train.max_steps: the loader must go on over epochs") from error
             waited = time.perf_counter() - asked
             self.meter.waited(waited)
             self.pace.waited(waited)
-            watch.at(step, "compute" if self.meter.longest else "warm-up")
+            self._at(step, "compute" if self.meter.longest else "warm-up")
             if compute:
                 backend.forward_backward(batch)
 
-
-def _evaluation_is_due(state: TrainerState, train: TrainConfig) -> bool:
-    """Whether the step was to be evaluated and was not yet, which a stop may have prevented."""
-    at = state.step >= train.max_steps or state.step % train.evaluate_every == 0
-    return state.step > 0 and at and state.evaluated != state.step
-
-
-def _is_logged(state: TrainerState, train: TrainConfig, values: Mapping[str, float], *, improved: bool) -> bool:
-    if not values:
-        return False
-    due = state.step % train.log_every == 0 or state.step == train.max_steps or state.evaluated == state.step
-    return due or improved or bool(values.get("skipped"))
-
-
-def _values(result: StepResult, rate: float, meter: Meter, state: TrainerState) -> dict[str, float]:
-    return {
-        "loss": result.loss,
-        "learning_rate": rate,
-        "gradient_norm": result.grad_norm,
-        "skipped": result.refused is not None,
-        **meter.values(state.step),
-        "clips_left_out": float(len(state.exclusions)),
-    }
+    def _at(self, step: int, phase: str) -> None:
+        """Tell where training is: the sentinel, by which hangs are found, and whoever looks on."""
+        self.parts.watch.at(step, phase)
+        self.parts.progress.at(phase)

@@ -53,10 +53,12 @@ class PlainBackend(Backend):
             self.optimizer.state[master] = {"step": torch.tensor(0.0, device=device), **zeros}
 
     def _forward_backward(self, batch: Any) -> Tensor:
-        loss: Tensor = self.module(batch)
-        torch.autograd.backward(loss / self.accumulation)
-        if self.config.gradient_accumulation_dtype == "fp32":
-            self._move_gradients()
+        with self.clock.part("forward"):
+            loss: Tensor = self.module(batch)
+        with self.clock.part("backward"):
+            torch.autograd.backward(loss / self.accumulation)
+            if self.config.gradient_accumulation_dtype == "fp32":
+                self._move_gradients()
         return loss
 
     def _move_gradients(self) -> None:
@@ -73,7 +75,8 @@ class PlainBackend(Backend):
         self._move_gradients()
         gradients = [m.grad for m in self.masters.values() if m.grad is not None]
         if self.world.size > 1:
-            self._average(gradients)
+            with self.clock.part("communication"):
+                self._average(gradients)
         norm = get_total_norm(gradients)
         if not verdict.refuses(norm):
             if self.config.gradient_clipping > 0:

@@ -102,6 +102,36 @@ def visible_flops(config: ModelConfig, visible: NDArray[np.bool_], there: NDArra
     return counts | {"encoder": encoder, "decoder": decoder, "total": encoder + decoder}
 
 
+def encoder_flops(config: ModelConfig, route: Route) -> int:
+    """FLOPs of a forward pass of the encoder over a route, all its samples together; counted as in `computed_flops`."""
+    rows = route.batch * (math.prod(stage_grids(config)[0]) if route.cells is None else len(route.cells))
+    rows = rows if route.rows is None else len(route.rows)
+    embedded = _linear(rows, math.prod(config.patch_size) * config.in_channels, config.embed_dim)
+    return embedded + route.batch * sum(_route_flops(config, route).values())
+
+
+def placing_flops(config: ModelConfig, route: Route, clips: int, visible: int) -> int:
+    """FLOPs of a forward pass of the decoder that places mask tokens, all clips together.
+
+    Args:
+        config: of the encoder.
+        route: the decoder's.
+        clips: in the batch.
+        visible: tokens that were encoded, of all clips together.
+    """
+    own, placing = decoder_model(config), config.decoder.visible
+    patch, merged = math.prod(config.patch_size) * config.in_channels, 2 ** (len(config.depths) - 1)
+    width = config.embed_dim * merged
+    count = clips * _linear(math.prod(stage_grids(config)[-1]), width, merged**3 * placing.width)
+    count += route.batch * (_stage(own, 0, route.stages[0]) + _linear(route.slots[0][-1], placing.width, patch))
+    return count + (_linear(visible, config.embed_dim, placing.width) if placing.skip else 0)
+
+
+def simmim_decoder_flops(config: ModelConfig, clips: int) -> int:
+    """FLOPs of a forward pass of SimMIM's decoder."""
+    return clips * _decoder(config, stage_grids(config)[-1])
+
+
 def _route_flops(config: ModelConfig, route: Route) -> dict[str, int]:
     """FLOPs of each stage over a route, for each of the samples side by side."""
     counts = [_stage(config, stage, one) for stage, one in enumerate(route.stages)]

@@ -26,7 +26,6 @@ from swiftv2.models import decay_names, learning_rates
 from swiftv2.models.blocks import compile_blocks
 from swiftv2.models.geometry import patches_with_brain
 from swiftv2.plan.machines import find_gpu
-from swiftv2.plan.model import plan_model
 from swiftv2.recipes.branch import find_branch
 from swiftv2.recipes.data import Data, open_data
 from swiftv2.recipes.evaluate import HeldOut
@@ -76,6 +75,7 @@ def pretrain(config: PretrainConfig) -> FitResult:
             if config.model.packing == "template":
                 run.event("packing", places_kept=float(objective.simmim.encoder.template.float().mean()))
             on_first(lambda: write_contract(run.path, config, data), world)
+            objective.count()
             if config.engine.compile:
                 compile_blocks(objective, varying=config.model.packing == "subject" or config.objective == "visible_only")
             names, rates = decay_names(objective), learning_rates(objective, config.model)
@@ -103,7 +103,7 @@ def pretrain(config: PretrainConfig) -> FitResult:
                 faults=config.faults,
                 evaluate=heldout,
                 best_metric=BEST_METRIC,
-                clips_at_peak=_clips_at_peak(config, world),
+                peak_flops=_peak_flops(config, world),
                 branch=None if branch is None else branch.checkpoint,
             )
             if not result.stopped_early:
@@ -216,19 +216,12 @@ def _check_template(template: Tensor, config: PretrainConfig, data: Data, source
         )
 
 
-def _clips_at_peak(config: PretrainConfig, world: World) -> float | None:
-    """Clips a second if all GPUs did the model's own products at their peak; None where the GPU is not known.
-
-    A clip costs three forward passes, the backward one counting twice; what is computed twice to save memory counts once. Where
-    tokens are left out, the products that remain are not counted in advance, so there is no such figure.
-    """
-    if world.device.type != "cuda" or config.model.packing != "none" or config.objective != "simmim":
-        return None
-    device = find_gpu(torch.cuda.get_device_name(world.device))
+def _peak_flops(config: PretrainConfig, world: World) -> float | None:
+    """FLOP/s of all ranks' GPUs at their peak in the precision of the products; None where the GPU is not known."""
+    device = find_gpu(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
     if device is None:
         return None
-    peak = device.peak_bf16_flops if config.engine.precision == "bf16" else device.peak_fp32_flops
-    return world.size * peak / (3 * plan_model(config.model).forward_flops_per_clip["total"])
+    return world.size * (device.peak_bf16_flops if config.engine.precision == "bf16" else device.peak_fp32_flops)
 
 
 def _finish(config: PretrainConfig, data: Data, objective: Objective, world: World, run: RunDirectory) -> None:
