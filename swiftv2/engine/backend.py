@@ -93,7 +93,7 @@ class Backend(ABC):
     The module's `forward(batch)` gives the mean loss over the clips of a micro-batch, a scalar. Every rank computes
     `accumulation` micro-batches of equal size a step, so that the mean of the means is the mean over the global batch. A
     module may have `counts`: sums over the clips of its last forward pass by name, scalars on its device or plain numbers, of
-    equal names on all ranks; they travel with the loss.
+    equal names on all ranks and in all micro-batches of a step; they travel with the loss.
 
     Attributes:
         clock: told which part of a step is computed.
@@ -109,6 +109,12 @@ class Backend(ABC):
         self._counts: dict[str, Tensor | float] = {}
         self._without_gradient: set[str] | None = None
         self._hooks: list[RemovableHandle] = []
+
+    def begin(self, step: int) -> None:
+        """Step number `step` of the run begins; a module that has `begin_step` is told."""
+        told = getattr(self.module, "begin_step", None)
+        if told is not None:
+            told(step)
 
     def forward_backward(self, batch: Any) -> Tensor:
         """Add one micro-batch to the gradient of the step.

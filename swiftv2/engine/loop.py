@@ -298,6 +298,7 @@ class _Training:
         step, train = self.state.step + 1, self.parts.train
         rate, passed_over = self.rate(step), step in train.skip_steps
         self.meter.begin()
+        self.parts.backend.begin(step)
         self._forward_backward(step, compute=not passed_over)
         result = _PASSED_OVER
         if not passed_over:

@@ -24,6 +24,7 @@ from swiftv2.data.samples.order import SampleOrder
 from swiftv2.data.samples.reading import Reading
 from swiftv2.downstream.predictions import Predictions, by_subject, write
 from swiftv2.engine import launch
+from swiftv2.engine.backend import Backend
 from swiftv2.engine.build import build_backend
 from swiftv2.engine.checkpoint import latest, list_checkpoints
 from swiftv2.engine.collective import gather, on_first
@@ -117,7 +118,7 @@ def finetune(config: FinetuneConfig) -> FitResult:
                 run=run,
                 watch=watch,
                 batches=lambda samples, exclusions: _stream(
-                    config, data, train, mask, world, reading, (micro_batch, accumulation), samples, exclusions
+                    config, data, train, mask, backend, reading, (micro_batch, accumulation), samples, exclusions
                 ),
                 train=config.train,
                 schedule=config.schedule,
@@ -303,13 +304,14 @@ def _stream(
     data: TaskData,
     train: TaskClips,
     mask: MaskConfig,
-    world: World,
+    backend: Backend,
     reading: Reading,
     micro_batches: tuple[int, int],
     samples: int,
     exclusions: list[Exclusion],
 ) -> DeviceStream:
     """Batches of this rank after so many samples; (micro-batch, accumulation) in `micro_batches`."""
+    world = backend.world
     left_out = [OrderExclusion(*one) for one in exclusions] + [OrderExclusion(clip, samples) for clip in train.left_out]
     order = SampleOrder(config.run.seed, len(train.clips), left_out, None, data.table.cohort[train.clips.run])
     reader = BatchReader(
@@ -327,9 +329,8 @@ def _stream(
         reading=reading,
         most_faults=int(config.task.data.quarantine_limit * len(train.clips)),
     )
-    return DeviceStream(
-        reader, world.device, config.task.data.quarantine_limit, train.left_out, remembered=max(micro_batches[1], 1)
-    )
+    limit = config.task.data.quarantine_limit
+    return DeviceStream(reader, world.device, limit, train.left_out, remembered=max(micro_batches[1], 1), clock=backend.clock)
 
 
 def _write_contract(run_dir: Path, config: FinetuneConfig, data: TaskData, train: TaskClips) -> None:

@@ -21,6 +21,9 @@ from swiftv2.models.visible import make_masked
 from swiftv2.plan.run import BACKWARD
 from swiftv2.recipes.baselines import time_interpolation, visible_mean
 
+BASELINE_STEPS = 10
+"""Steps of which one looks at what copying would lose: in every step it would cost a small model a tenth of its time."""
+
 
 def template_mask(voxels: Tensor, grid_shape: Shape3) -> Tensor:
     """(H, W, D) bool of a store's kept voxels, (V,) int64."""
@@ -53,17 +56,24 @@ class Objective(nn.Module):
         self.voxels: Tensor
         self.counts: dict[str, Tensor | float] = {}
         self._counting: CountedWork | None = None
+        self._compared = False
 
     def count(self) -> None:
         """From now on leave in `counts`, after each forward pass in training, what the engine sums up beside the loss.
 
         `clips`; `brain_tokens`, patches that hold any voxel of the clip's own brain, over all frames; `flops` of the products
         that the forward pass made and the backward pass will make, recomputation left out; `baseline/visible_mean` and
-        `baseline/time_interpolation`: the sum over clips of what these copies lose where the model's loss is counted.
+        `baseline/time_interpolation`: the sum over clips of what these copies lose where the model's loss is counted, in the
+        first step and then in every `BASELINE_STEPS`-th, or so that logged steps have them.
         """
         self._counting = self.simmim.encoder.work = CountedWork(self.simmim.encoder.config, self.config.clip.frames)
         if self.config.objective == "visible_only":
             self.simmim.get_submodule("decoder").register_forward_pre_hook(self._counting.note_decoder)
+
+    def begin_step(self, step: int) -> None:
+        """The engine tells which step of the run the next forward passes belong to."""
+        every = self.config.train.log_every
+        self._compared = step == 1 or step % (math.ceil(BASELINE_STEPS / every) * every) == 0
 
     def forward(self, batch: Batch) -> Tensor:
         """Mean over the clips of a micro-batch of their losses: a float32 scalar."""
@@ -88,29 +98,28 @@ class Objective(nn.Module):
         if self._counting is None or not self.training:
             return self.simmim(volume, batch.mask, brain, drop_path), signal
         # Before the model's own activations are there, so that its peak of memory stays what it is.
-        counts = self._copying(signal, batch, brain)
+        copying = self._copying(signal, batch, brain) if self._compared else {}
         output: SimMIMOutput = self.simmim(volume, batch.mask, brain, drop_path)
-        self.counts = {"clips": float(len(signal)), **counts, "flops": self._flops(len(signal))}
+        patch = self.config.model.patch_size
+        tokens = patches_with_brain(brain, patch).sum() * token_grid(self.config.model, volume.shape[2:])[3]
+        self.counts = {"clips": float(len(signal)), "brain_tokens": tokens, "flops": self._flops(len(signal)), **copying}
         return output, signal
 
     @torch.no_grad()
-    def _copying(self, signal: Tensor, batch: Batch, brain: Tensor) -> dict[str, Tensor | float]:
-        """What copying loses on a batch, summed over its clips, and the batch's brain tokens; float64 scalars."""
-        frames, loss = signal.shape[1], self.config.loss
+    def _copying(self, signal: Tensor, batch: Batch, brain: Tensor) -> dict[str, Tensor]:
+        """What copying loses on a batch, summed over its clips: float64 scalars."""
+        loss = self.config.loss
         hidden = self.hidden(batch)
         counted, share = hidden & batch.brain[:, None], None
         if loss.over != "brain_voxels":
             # What the store does not keep is constant: a copy of it is right, and counts as such.
-            dense = self.simmim.counted(batch.mask, brain, frames)
+            dense = self.simmim.counted(batch.mask, brain, signal.shape[1])
             counted = gather(dense[:, None], self.voxels)
             share = counted.flatten(1).sum(1) / dense.flatten(1).sum(1).clamp(min=1)
-        found: dict[str, Tensor | float] = {}
+        found = {}
         for name, predict in (("visible_mean", visible_mean), ("time_interpolation", time_interpolation)):
             lost = clip_loss(predict(signal, hidden, batch.brain)[:, None], signal[:, None], counted, loss).double()
             found[f"baseline/{name}"] = (lost if share is None else lost * share).sum()
-        model = self.config.model
-        times = token_grid(model, (*self.grid_shape, frames))[3]
-        found["brain_tokens"] = patches_with_brain(brain, model.patch_size).sum().double() * times
         return found
 
     def _flops(self, clips: int) -> float:

@@ -12,6 +12,7 @@ from swiftv2.config.load import dump
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.data.samples.batches import BatchReader
 from swiftv2.engine import launch
+from swiftv2.engine.backend import Backend
 from swiftv2.engine.build import build_backend
 from swiftv2.engine.checkpoint import list_checkpoints
 from swiftv2.engine.collective import gather, on_first
@@ -91,7 +92,7 @@ def pretrain(config: PretrainConfig) -> FitResult:
                     config,
                     data,
                     run,
-                    world,
+                    backend,
                     (micro_batch, accumulation),
                     samples,
                     exclusions if samples else [*exclusions, *asked],
@@ -119,13 +120,13 @@ def _stream(
     config: PretrainConfig,
     data: Data,
     run: RunDirectory,
-    world: World,
+    backend: Backend,
     micro_batches: tuple[int, int],
     samples: int,
     exclusions: list[Exclusion],
 ) -> DeviceStream:
     """Batches of this rank after so many samples; (micro-batch, accumulation) in `micro_batches`."""
-    order = data.order(config.run.seed, samples, exclusions)
+    world, order = backend.world, data.order(config.run.seed, samples, exclusions)
     reader = BatchReader(
         data.store,
         data.train,
@@ -151,7 +152,7 @@ def _stream(
         on_first(lambda: write_exclusions(run.path / EXCLUSIONS, data, left_out), world)
 
     limit, gone = config.data.quarantine_limit, data.withdrawn_train
-    return DeviceStream(reader, world.device, limit, gone, begin_epoch, noted, remembered=micro_batches[1])
+    return DeviceStream(reader, world.device, limit, gone, begin_epoch, noted, micro_batches[1], backend.clock)
 
 
 def _read_asked(config: PretrainConfig, data: Data) -> list[Exclusion]:

@@ -1,5 +1,6 @@
 """Training batches on the device, for the loop: copied while the former one is computed, with a record of each epoch."""
 
+import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -11,6 +12,7 @@ from torch import Tensor
 from swiftv2.data.samples.batch import Batch
 from swiftv2.data.samples.batches import BatchReader, Fault
 from swiftv2.data.samples.order import Exclusion as OrderExclusion
+from swiftv2.engine.clock import Clock
 from swiftv2.engine.stream import Exclusion
 from swiftv2.errors import SwiftError
 
@@ -38,6 +40,7 @@ class DeviceStream:
         begin_epoch: told the number of each epoch whose first samples are about to be handed over.
         noted: told all that is left out, at the beginning and whenever that changes; by all ranks alike.
         remembered: micro-batches of which `recent` can tell.
+        clock: told while a step waits for a copy; what is copied beside the computing costs no time.
     """
 
     def __init__(
@@ -49,7 +52,9 @@ class DeviceStream:
         begin_epoch: Callable[[int], None] = lambda _: None,
         noted: Callable[[list[Exclusion]], None] = lambda _: None,
         remembered: int = 1024,
+        clock: Clock | None = None,
     ) -> None:
+        self._clock = clock
         self._reader, self._device, self._limit, self._begin_epoch = reader, device, limit, begin_epoch
         self._withdrawn, self._noted = frozenset(withdrawn), noted
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -82,7 +87,8 @@ class DeviceStream:
         self._tell_epochs(int(taken.samples[0]) // self._reader.order.clips)
         if self._copies is not None:
             here = torch.cuda.current_stream(self._device)
-            here.wait_stream(self._copies)
+            with self._copying():
+                here.wait_stream(self._copies)
             for field in dataclasses.fields(taken.batch):
                 tensor = getattr(taken.batch, field.name)
                 if tensor is not None:
@@ -101,9 +107,13 @@ class DeviceStream:
             return _Taken(None, None, None, [], error)
         known = batch.sample, batch.clip, self._reader.faults()
         if self._copies is None:
-            return _Taken(batch.to(self._device), *known)
+            with self._copying():
+                return _Taken(batch.to(self._device), *known)
         with torch.cuda.stream(self._copies):
             return _Taken(batch.to(self._device, non_blocking=True), *known)
+
+    def _copying(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._clock is None else self._clock.part("copy")
 
     def _tell_epochs(self, epoch: int) -> None:
         for one in range(epoch if self._epoch is None else self._epoch + 1, epoch + 1):
