@@ -1,5 +1,6 @@
 """Configuration of the training engine: precision, ZeRO, schedule, steps, saves, evaluation."""
 
+import re
 from pathlib import Path
 from typing import Literal, Self
 
@@ -9,6 +10,8 @@ from swiftv2.config.base import Config
 from swiftv2.errors import UsageError
 
 FloatName = Literal["fp32", "bf16"]
+MOST_PROFILED = 100
+"""Steps of a profile at most: a step leaves thousands of events."""
 
 
 class EngineConfig(Config):
@@ -112,6 +115,14 @@ class TrainConfig(Config):
     """Steps whose samples are passed over without an update, as if their gradient had been refused."""
     evaluate_every: PositiveInt = 500
     """Steps between evaluations on held-out subjects."""
+    profile: str | None = None
+    """Steps that the torch profiler looks at, such as `steps:10-15`; none when unset. See profiling.md."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.profile is not None:
+            profiled_steps(self.profile)
+        return self
 
 
 class FaultsConfig(Config):
@@ -169,6 +180,23 @@ class RunConfig(Config):
         if self.branch_from is not None and self.init_from is not None:
             raise ValueError("run.branch_from brings its own weights: leave out run.init_from")
         return self
+
+
+def profiled_steps(asked: str) -> tuple[int, int]:
+    """First and last step of `steps:A-B`.
+
+    Raises:
+        ValueError: it says nothing of that form, or too many steps.
+    """
+    found = re.fullmatch(r"steps:([1-9]\d{0,11})-([1-9]\d{0,11})", asked)
+    if found is None:
+        raise ValueError(f"profile={asked}: write it as steps:A-B, first and last step from 1 on, such as steps:10-15")
+    first, last = int(found[1]), int(found[2])
+    if last < first:
+        raise ValueError(f"profile={asked} ends before it begins: write steps:{last}-{first}")
+    if last - first >= MOST_PROFILED:
+        raise ValueError(f"profile={asked} asks for {last - first + 1} steps: at most {MOST_PROFILED}, and six tell as much")
+    return first, last
 
 
 def split_batch(global_batch: int, world_size: int, micro_batch: int | None) -> tuple[int, int]:

@@ -43,6 +43,7 @@ CHANGEABLE = (
     "train.skip_steps",
     "faults",
     "train.evaluate_every",
+    "train.profile",
     "evaluate",
     "model.attention_buckets",
     "model.checkpoint_stages",
