@@ -2,12 +2,22 @@
 
 import time
 from types import TracebackType
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 
 Part = Literal["data", "copy", "forward", "backward", "communication", "optimizer", "checkpoint", "evaluation", "other"]
 PARTS: tuple[Part, ...] = get_args(Part)
+
+
+class Ranges(Protocol):
+    """Who is told what part is entered, such as a profile that marks it in its trace."""
+
+    def enter(self, name: str) -> None:
+        """A part begins."""
+
+    def leave(self) -> None:
+        """The part that began last ends."""
 
 
 class Clock:
@@ -27,6 +37,7 @@ class Clock:
         self._marks: list[tuple[Part, torch.cuda.Event]] = []
         self._spare: list[torch.cuda.Event] = []
         self._passed = 0
+        self.ranges: Ranges | None = None
 
     def part(self, name: Part) -> "_Entered":
         """A context within which time belongs to a part."""
@@ -70,9 +81,13 @@ class Clock:
         """A part begins."""
         self.lap()
         self._entered.append(name)
+        if self.ranges is not None:
+            self.ranges.enter(name)
 
     def leave(self) -> None:
         """The part that began last ends."""
+        if self.ranges is not None:
+            self.ranges.leave()
         self.lap()
         self._entered.pop()
 

@@ -1,18 +1,16 @@
-"""Profiled steps: traces of the torch profiler with a range for each phase and each named module, and their summary.
+"""Profiled steps: traces of the torch profiler with a range for each part of a step and each named module, and their summary.
 
-    profile = Profile(config.train.profile, run, world, modules, finished=page)   # a recipe, for fit(profile=profile)
-    with profile.telling(progress.note):                                         # the loop, from here on
-        profile.begin(step)              # before the clock of the step starts: starting the profiler takes a while
-        with profile.phase("forward"):   # a part of a step by the names of `clock.Part`; or enter(name) and leave()
-            ...
-        profile.end(step)                # after the clock of the step has stopped; collective after the last profiled step
+    profile = Profile(config.train.profile, run, world, modules, finished=page)      # a recipe, for fit(profile=profile)
+    stack.enter_context(profile.telling(progress.note, backend.clock))              # the loop, once; profile or Profile()
+    profile.begin(step)              # before the meter's begin: starting the profiler takes a while
+    with clock.part("forward"):      # parts of the clock are ranges of the trace, while one is recorded
+        ...
+    profile.end(step)                # after the meter's end; collective after the last profiled step
 
-A clock of the step's parts calls `enter(name)` and `leave()` where it enters and leaves a part, so that ranges and seconds mean
-the same. Where nothing is profiled, each of these calls costs a comparison. `profiled` says whether the step in progress is.
-Nothing that goes wrong here ends a run: it is told in one line.
+Where nothing is profiled, `begin` and `end` cost a comparison, and the clock has nobody to tell. `profiled` says whether steps
+are being profiled. Nothing that goes wrong here ends a run: it is told in one line.
 """
 
-import contextlib
 import gzip
 import json
 import shutil
@@ -20,7 +18,7 @@ import statistics
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,6 +30,7 @@ from torch.profiler import ProfilerActivity
 from torch.utils.hooks import RemovableHandle
 
 from swiftv2.config.engine import profiled_steps
+from swiftv2.engine.clock import Clock
 from swiftv2.engine.collective import gather
 from swiftv2.engine.launch import World
 from swiftv2.engine.rundir import RunDirectory
@@ -70,6 +69,7 @@ class Profile:
         self._steps = None if asked is None or run is None or world is None else profiled_steps(asked)
         self._modules = dict(modules or {})
         self._note: Callable[[str], None] = lambda _: None
+        self._clock: Clock | None = None
         self._running = False
         self._profiler: torch.profiler.profile | None = None
         self._hooks: list[RemovableHandle] = []
@@ -79,24 +79,15 @@ class Profile:
         self._counted, self._began = 0, 0.0
         self._problem: str | None = None
 
-    def telling(self, note: Callable[[str], None]) -> Self:
-        """This profile, which says through `note` what it does."""
-        self._note = note
+    def telling(self, note: Callable[[str], None], clock: Clock | None = None) -> Self:
+        """This profile, which says through `note` what it does, and hears from the clock what part of a step is entered."""
+        self._note, self._clock = note, clock
         return self
 
     @property
     def profiled(self) -> bool:
         """Whether steps are being profiled, and so take longer than others."""
         return self._running
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """A range of this name."""
-        self.enter(name)
-        try:
-            yield
-        finally:
-            self.leave()
 
     def enter(self, name: str) -> None:
         """A range begins."""
@@ -171,6 +162,8 @@ class Profile:
             self._problem = f"the profiler does not start: {str(error).partition(chr(10))[0]}"
             return
         self._profiler = profiler
+        if self._clock is not None:
+            self._clock.ranges = self
         for name, module in self._modules.items():
             self._hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self.enter(name)))
             self._hooks.append(module.register_forward_hook(lambda *_: self.leave(), always_call=True))
@@ -178,6 +171,8 @@ class Profile:
     def _stop(self) -> torch.profiler.profile | None:
         """End recording."""
         self._steps, self._running = None, False
+        if self._clock is not None:
+            self._clock.ranges = None
         for hook in self._hooks:
             hook.remove()
         while self._ranges:
@@ -227,7 +222,6 @@ class Profile:
         with tempfile.TemporaryDirectory() as folder:
             plain = Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(plain))
-            events = read_trace(plain)
             try:
                 with named(path), plain.open("rb") as source, gzip.open(beside, "wb", compresslevel=5) as target:
                     shutil.copyfileobj(source, target, 2**20)
@@ -235,6 +229,7 @@ class Profile:
                 beside.replace(path)
             finally:
                 beside.unlink(missing_ok=True)
+            events = read_trace(plain)
         return {"trace": path.name, "bytes": path.stat().st_size, **summarise(events, list(self._modules))}
 
     def _facts(self) -> dict[str, Any]:
