@@ -15,6 +15,8 @@ from swiftv2.engine.launch import World
 T = TypeVar("T")
 POWERCAP = Path("/sys/class/powercap")
 SAMPLE_SECONDS = 1.0
+_FAILED_READINGS = 60
+"""In a row, from which on the energy counts as unknown."""
 
 
 class Package:
@@ -126,9 +128,13 @@ class DeviceReadings:
         self._used = self._used[-1:]
 
     def _sample(self) -> None:
+        failed = 0
         while True:
             read = _try(self._read)
-            self._joules = math.nan if read is None else read
+            # Counters go on by themselves: the next reading makes up for one that failed.
+            failed = 0 if read is not None else failed + 1
+            if read is not None or failed >= _FAILED_READINGS:
+                self._joules = math.nan if read is None else read
             if self._gpu is not None:
                 share = _try(self._gpu.utilisation)
                 if share is not None:

@@ -1,12 +1,21 @@
-"""When a line of metrics is written, and what stands in it."""
+"""What is told of a run: when a line of metrics is written, what stands in it, and how an attempt begins."""
 
 from collections.abc import Mapping
 
 from swiftv2.config.engine import TrainConfig
 from swiftv2.engine.backend import StepResult
 from swiftv2.engine.checkpoint import TrainerState
+from swiftv2.engine.launch import World
 from swiftv2.engine.meter import Meter
+from swiftv2.engine.rundir import RunDirectory
 from swiftv2.engine.totals import Totals
+
+
+def greeting(run: RunDirectory, state: TrainerState, world: World) -> str:
+    """How an attempt begins, for a person."""
+    began = f"resumed after step {state.step}" if state.step else "begun"
+    ranks = f"{world.size} rank{'s' if world.size > 1 else ''} on {world.device.type}"
+    return f"{run.path}: {began}, attempt {run.attempt}, {ranks}"
 
 
 def evaluation_is_due(state: TrainerState, train: TrainConfig) -> bool:

@@ -14,10 +14,11 @@ from swiftv2.engine.collective import Agreed, agree
 from swiftv2.engine.energy import DeviceReadings
 from swiftv2.engine.guard import SpikeGuard
 from swiftv2.engine.launch import World
-from swiftv2.engine.lines import evaluation_is_due, is_logged, values_of
+from swiftv2.engine.lines import evaluation_is_due, greeting, is_logged, values_of
 from swiftv2.engine.loss import after_loss, lost_each_other
 from swiftv2.engine.meter import Meter
 from swiftv2.engine.pace import Pace
+from swiftv2.engine.profile import Profile
 from swiftv2.engine.progress import ProgressLine
 from swiftv2.engine.refusals import Refusals
 from swiftv2.engine.resume import Start, resume, without_effect
@@ -78,6 +79,7 @@ def fit(
     best_metric: str | None = None,
     peak_flops: float | None = None,
     branch: Path | None = None,
+    profile: Profile | None = None,
 ) -> FitResult:
     """Train from where the run directory stands up to `train.max_steps` (collective).
 
@@ -96,6 +98,7 @@ def fit(
         best_metric: key of the evaluation whose lowest value marks the best checkpoint, which is saved at once and kept.
         peak_flops: FLOP/s of all ranks' devices together at their peak, by which `mfu` is counted; None: it is not.
         branch: checkpoint of another run from which a new one goes on.
+        profile: of some steps; None: of none.
 
     Returns:
         Where it ended. After SIGTERM, SIGUSR1, SIGUSR2 or an interrupt on any rank, or where the time is over, all ranks end
@@ -116,7 +119,8 @@ def fit(
         for problem in start.problems:
             progress.note(f"a damaged checkpoint is set aside: {problem}")
         readings = stack.enter_context(DeviceReadings(world))
-        parts = _Parts(backend, world, run, batches, train, faults, watch, request, saver, progress, readings)
+        profile = stack.enter_context((profile or Profile()).telling(progress.note, backend.clock))
+        parts = _Parts(backend, world, run, batches, train, faults, watch, request, saver, progress, readings, profile)
         meter = Meter(train.global_batch, train.max_steps, backend.clock, readings, world.device, peak_flops)
         training = _Training(parts, start, meter, lambda step: learning_rate(step, schedule, peak_lr, train.max_steps))
         stack.callback(training.close)
@@ -145,6 +149,7 @@ class _Parts(NamedTuple):
     saver: Saver
     progress: ProgressLine
     readings: DeviceReadings
+    profile: Profile
 
 
 class _Training:
@@ -175,10 +180,8 @@ class _Training:
         generated = self.parts.backend.generated_config()
         if generated is not None:
             run.document("deepspeed.json", generated)
-        began = f"resumed after step {self.state.step}" if self.state.step else "begun"
-        ranks = f"{self.parts.world.size} rank{'s' if self.parts.world.size > 1 else ''} on {self.parts.world.device.type}"
-        self.parts.progress.note(f"{run.path}: {began}, attempt {run.attempt}, {ranks}")
-        for line in without_effect(train, self.state):
+        run.event("energy", read_of=self.parts.readings.sources)
+        for line in (greeting(run, self.state, self.parts.world), *without_effect(train, self.state)):
             self.parts.progress.note(line)
         if self.new:
             # The disk is tried at once, and there is something to go back to.
@@ -297,6 +300,7 @@ class _Training:
         """One step, accepted or refused."""
         step, train = self.state.step + 1, self.parts.train
         rate, passed_over = self.rate(step), step in train.skip_steps
+        self.parts.profile.begin(step)
         self.meter.begin()
         self.parts.backend.begin(step)
         self._forward_backward(step, compute=not passed_over)
@@ -305,6 +309,7 @@ class _Training:
             result = self.parts.backend.step(rate, self.guard.judge, {"joules": self.parts.readings.spent()})
         self.totals.add(result.counts)
         self.pace.stepped(self.meter.end(result.counts))
+        self.parts.profile.end(step)
         self.state = replace(self.state, step=step, samples=self.state.samples + train.global_batch)
         if result.refused is None:
             self.guard.accept(result.loss, result.grad_norm)
@@ -313,14 +318,14 @@ class _Training:
             if not passed_over:
                 self.state = self.refusals.note(self.state, result, self.stream)
             self.parts.progress.note(f"step {step} refused: {result.refused}")
-        self.values = values_of(result, rate, self.state, self.meter, self.totals)
-        self.parts.progress.update(step, self.values)
         if step % _PACE_STEPS == 0:
             report = self.pace.report(self.parts.world)
             self.meter.compared(report)
             if report["slow"]:
                 self.parts.run.event("slow", step, **report)
                 self.parts.progress.note(f"step {step}: slow ranks: {report['slow']}")
+        self.values = values_of(result, rate, self.state, self.meter, self.totals)
+        self.parts.progress.update(step, self.values)
 
     def _forward_backward(self, step: int, *, compute: bool) -> None:
         backend = self.parts.backend

@@ -26,7 +26,7 @@ class Stream(Protocol):
         ...
 
     def __next__(self) -> Any:
-        """The next micro-batch; this is timed as waiting for data, less what the stream itself tells the clock to be copying."""
+        """The next micro-batch; timed as waiting for data, less what the stream itself tells the clock to be copying."""
         ...
 
     def recent(self, micro_batches: int) -> list[dict[str, Any]]:
