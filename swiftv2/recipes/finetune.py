@@ -45,6 +45,7 @@ from swiftv2.recipes.judge import SELECT, Judge
 from swiftv2.recipes.objective import template_mask
 from swiftv2.recipes.overlap import Overlap, find_overlap
 from swiftv2.recipes.predictor import Finetuned, make_outputs
+from swiftv2.recipes.profiling import profile_of
 from swiftv2.recipes.stream import DeviceStream
 from swiftv2.recipes.task import TaskClips, TaskData, open_task
 from swiftv2.report.downstream import draw_result
@@ -126,6 +127,7 @@ def finetune(config: FinetuneConfig) -> FitResult:
                 seed=config.run.seed,
                 faults=config.faults,
                 evaluate=lambda _, tick: judge.validate(val, tick),
+                profile=profile_of(config.train.profile, run, world, module),
                 best_metric=SELECT,
             )
             if not result.stopped_early and not (run.path / RESULT).exists():

@@ -34,6 +34,7 @@ from swiftv2.recipes.exclusions import EXCLUSIONS, read_exclusions, write_exclus
 from swiftv2.recipes.export import contract_of, write_contract
 from swiftv2.recipes.objective import Objective, template_mask
 from swiftv2.recipes.pictures import save_reconstruction
+from swiftv2.recipes.profiling import profile_of
 from swiftv2.recipes.stream import DeviceStream
 from swiftv2.report.figures import draw_run
 
@@ -103,6 +104,7 @@ def pretrain(config: PretrainConfig) -> FitResult:
                 seed=config.run.seed,
                 faults=config.faults,
                 evaluate=heldout,
+                profile=profile_of(config.train.profile, run, world, objective),
                 best_metric=BEST_METRIC,
                 peak_flops=_peak_flops(config, world),
                 branch=None if branch is None else branch.checkpoint,
