@@ -1,5 +1,6 @@
 """HTML as trees of elements: every text is escaped, since names come from files; and numbers as a page shows them."""
 
+import json
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -46,7 +47,7 @@ for (const button of document.querySelectorAll("th button")) button.onclick = ()
 };
 """
 
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_POLICY = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """Nothing is fetched, whatever a table held."""
 
 
@@ -108,13 +109,35 @@ def _celled(cell: Cell) -> Element:
     return element("td", cell)
 
 
-def document(title: str, content: Sequence[Content]) -> bytes:
-    """A whole page in UTF-8, with its style and script in it."""
+def data(identity: str, values: object) -> Element:
+    """Plain values for a script, as JSON in the page; one that is not finite becomes null."""
+    text = json.dumps(_finite(values), separators=(",", ":"), allow_nan=False)
+    # Nothing in a name may end the element that holds it.
+    return element("script", text.replace("<", "\\u003c"), type="application/json", id=identity)
+
+
+def _finite(values: object) -> object:
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def document(title: str, content: Sequence[Content], style: str = "", scripts: Sequence[str] = ()) -> bytes:
+    """A whole page in UTF-8, with its style and scripts in it.
+
+    Args:
+        title: of the window.
+        content: of the page.
+        style: rules beside those that all pages share.
+        scripts: run in this order after the content; none may hold `</script`.
+    """
     head = element("head", element("meta", charset="utf-8"))
     SubElement(head, "meta", name="viewport", content="width=device-width, initial-scale=1")
     SubElement(head, "meta", {"http-equiv": "Content-Security-Policy", "content": _POLICY})
-    head.extend([element("title", title), element("style", STYLE)])
-    body = element("body", element("main", *content), element("script", SORT))
+    head.extend([element("title", title), element("style", STYLE + style)])
+    body = element("body", element("main", *content), *(element("script", one) for one in (*scripts, SORT)))
     page = "<!DOCTYPE html>\n" + tostring(element("html", head, body, lang="en"), encoding="unicode", method="html") + "\n"
     # A name from JSON may hold half a character, which no encoding can write.
     return page.encode("utf-8", "replace")
