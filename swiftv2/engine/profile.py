@@ -13,6 +13,7 @@ are being profiled. Nothing that goes wrong here ends a run: it is told in one l
 
 import gzip
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -42,6 +43,7 @@ FOLDER = "profile"
 
 _OTHERS = 50
 """Last steps before the profiled ones by which it is told how much longer these took."""
+_SILENT = "6"
 _WARM_UP = 1
 """First steps of an attempt, which are not compared with."""
 
@@ -54,7 +56,7 @@ class Profile:
         run: the opened run directory; all goes to `profile/attempt_<N>` in it.
         world: this process among the ranks.
         modules: modules by the name of their range in trace and summary; they have hooks while profiled, none otherwise.
-        finished: on rank 0, makes what else belongs into the folder, such as a page, once `summary.json` lies there.
+        finished: on rank 0, makes a page, or what else is to be looked at, of the folder once `summary.json` lies there.
     """
 
     def __init__(
@@ -63,10 +65,12 @@ class Profile:
         run: RunDirectory | None = None,
         world: World | None = None,
         modules: Mapping[str, nn.Module] | None = None,
-        finished: Callable[[Path], object] | None = None,
+        finished: Callable[[Path], Path] | None = None,
     ) -> None:
         self._asked, self._run, self._world, self._finished = asked, run, world, finished
-        self._steps = None if asked is None or run is None or world is None else profiled_steps(asked)
+        if asked is not None and (run is None or world is None):
+            raise ValueError("a profile of steps needs the run and its world")
+        self._steps = None if asked is None else profiled_steps(asked)
         self._modules = dict(modules or {})
         self._note: Callable[[str], None] = lambda _: None
         self._clock: Clock | None = None
@@ -138,7 +142,7 @@ class Profile:
         if not self._running:
             if kind is None:
                 self._give_up(f"train.profile={self._asked}: the run ended before these steps: nothing is profiled")
-        elif kind is None:
+        elif kind is None and self._done:
             # All ranks stop after the same step, so all of them are here.
             self._write()
         else:
@@ -154,12 +158,14 @@ class Profile:
         self._running = True
         if world.rank not in (0, world.size - 1):
             return
+        # Kineto writes to standard error whenever it starts and stops.
+        os.environ.setdefault("KINETO_LOG_LEVEL", _SILENT)
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if world.device.type == "cuda" else [])]
         profiler = torch.profiler.profile(activities=kinds)
         try:
             profiler.start()
         except RuntimeError as error:  # such as CUPTI, which another profiler holds
-            self._problem = f"the profiler does not start: {str(error).partition(chr(10))[0]}"
+            self._problem = f"the profiler does not start: {_line(error)}"
             return
         self._profiler = profiler
         if self._clock is not None:
@@ -193,26 +199,33 @@ class Profile:
             try:
                 summary = self._told(profiler, folder / f"trace-rank-{world.rank}.json.gz")
             except (OSError, SwiftError, RuntimeError) as error:
-                self._problem = str(error)
+                self._problem = _line(error)
+            else:
+                if world.device.type == "cuda" and summary["device"] is None:
+                    self._problem = (
+                        "no kernel of the GPU was recorded: KINETO_LOG_LEVEL=0 in the environment makes CUPTI say why"
+                    )
         told = gather((world.rank, summary, self._problem), world)
-        if world.rank:
-            return
-        problems = [f"rank {rank}: {problem}" for rank, _, problem in told if problem]
-        ranks = {str(rank): one for rank, one, _ in told if one is not None}
-        steps = f"steps {min(self._done)} to {max(self._done)}" if len(self._done) > 1 else f"step {min(self._done, default=0)}"
+        if world.rank == 0:
+            ranks = {str(rank): one for rank, one, _ in told if one is not None}
+            self._leave(run, folder, ranks, [f"rank {rank}: {problem}" for rank, _, problem in told if problem])
+
+    def _leave(self, run: RunDirectory, folder: Path, ranks: dict[str, Any], problems: list[str]) -> None:
+        """Write the summary and what `finished` makes, and tell of it (rank 0)."""
+        steps = f"steps {min(self._done)} to {max(self._done)}" if len(self._done) > 1 else f"step {min(self._done)}"
+        made = None
         if ranks:
             try:
                 values = {**self._facts(), "ranks": ranks, "problems": problems}
                 write_file(folder / "summary.json", json.dumps(values, indent=1) + "\n")
-                if self._finished is not None:
-                    self._finished(folder)
+                made = folder if self._finished is None else self._finished(folder)
                 run.event("profile", max(self._done), steps=sorted(self._done), path=folder.relative_to(run.path).as_posix())
             except (OSError, SwiftError) as error:
-                problems.append(str(error))
+                problems.append(_line(error))
         for problem in problems:
-            self._note(f"profile of {steps}: {problem}")
-        if ranks and (folder / "summary.json").is_file():
-            self._note(f"profile of {steps}: {folder / 'index.html' if self._finished else folder}")
+            self._note(f"profile of {steps}, which is not whole: {problem}")
+        if made is not None:
+            self._note(f"profile of {steps}: {made}")
 
     def _told(self, profiler: torch.profiler.profile, path: Path) -> dict[str, Any]:
         """Write a trace and say what is in it."""
@@ -246,6 +259,13 @@ class Profile:
             "world_size": world.size,
             "threads": torch.get_num_threads(),
         }
+
+
+def _line(error: Exception) -> str:
+    """An error in one line, those of the system with the file."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error).partition("\n")[0]
 
 
 def _known(value: Any) -> Any:

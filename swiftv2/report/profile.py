@@ -97,20 +97,23 @@ def sentence(summary: Tree) -> str:
     if rank.device is not None:
         parts.append(f"The GPU computes {_percent(rank.device['busy'], rank.device['seconds'])} of the time")
     if ranges:
-        name, seconds = next(iter(ranges.items()))
+        (name, seconds), *others = ranges.items()
         kinds = rank.by(lambda cell: cell["kind"] if _range(cell) == name else "")
         kinds.pop("", None)
         kind, most = next(iter(kinds.items()))
-        of = "a step" if rank.device is None else "that"
-        verb = "are" if kind.endswith("s") else "is"
-        parts.append(f"{_percent(seconds, rank.whole)} of {of} is in {name}, where {kind} {verb} {_percent(most, seconds)}")
-    waits = f"waiting for data takes {_percent(phases.get('data', 0.0), rank.step)} of a step"
-    others = [
+        whole, verb = "a step" if rank.device is None else "that", "are" if kind.endswith("s") else "is"
+        share = f"{_percent(seconds, rank.whole)} of {whole} is in {name}, forward and backward, where {kind} {verb}"
+        next_to_it = " and ".join(
+            f"{_percent(one, rank.whole)} in {other}" for other, one in others[:2] if one > rank.whole / 10
+        )
+        parts += [f"{share} {_percent(most, seconds)}", *([next_to_it] if next_to_it else [])]
+    waits = f"waiting for data is {_percent(phases.get('data', 0.0), rank.step)} of a step"
+    also = [
         f"{words} {_percent(phases[phase], rank.step)}"
         for phase, words in (("communication", "communication"), ("copy", "waiting for copies"), ("optimizer", "the optimizer"))
-        if phases.get(phase)
+        if phases.get(phase, 0.0) >= _SMALL * rank.step
     ]
-    return "; ".join([*parts, ", ".join([waits, *others])]) + "."
+    return "; ".join([*parts, ", ".join([waits, *also])]) + "."
 
 
 def slowdown(summary: Tree) -> tuple[float, str]:
@@ -373,6 +376,13 @@ def _advice(rank: _Rank, ranks: int) -> list[Content]:
         said.append("More than a fifth of a step is outside of operators: a larger micro-batch gives each of them more to do.")
     if phases.get("optimizer", 0.0) > 0.2 * rank.step:
         said.append("The optimizer is more than a fifth of a step: a larger global batch steps more seldom.")
+    copies = rank.by(lambda cell: _range(cell) if cell["kind"] == "copies and indexing" else "")
+    copies.pop("", None)
+    if sum(copies.values()) > 0.25 * rank.whole:
+        said.append(
+            f"Copies and indexing are {_percent(sum(copies.values()), rank.whole)}, most of them in {next(iter(copies))}: they "
+            "move memory and compute nothing; bf16 halves them."
+        )
     products = rank.by(lambda cell: cell["kind"]).get("matrix products", 0.0)
     if products > 0.5 * rank.whole:
         said.append(
