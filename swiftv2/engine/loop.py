@@ -164,8 +164,7 @@ class _Training:
         self.guard = SpikeGuard(parts.faults, state.spike_window)
         self.refusals = Refusals(parts.run, parts.backend, parts.world, parts.faults)
         self.totals = Totals(parts.run, parts.world)
-        self.pace = Pace(parts.world)
-        self.pace.watch(parts.backend.module)
+        self.pace = Pace(parts.world, parts.backend.module)
         self.values: dict[str, float] = {}
         self.folder: Path | None = None
         self.evaluation_seconds = 0.0
@@ -271,6 +270,7 @@ class _Training:
             SwiftError: it failed, and it was the run's last, or so many failed in a row.
         """
         saver = self.parts.saver
+        self.parts.progress.at("save")
         with self.clock.part("checkpoint"):
             ended = saver.finish()
         if ended is None:

@@ -75,17 +75,14 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 class Pace:
-    """Measures this rank's steps between two reports."""
+    """Measures this rank's steps between two reports: the forward passes of a module, other than those of evaluations."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, module: nn.Module) -> None:
         self._on_gpu = world.device.type == "cuda"
         self._waited = 0.0
         self._clocks: list[Callable[[], float]] = []
         self._end_forward: Callable[[], None] | None = None
         self._steps: deque[tuple[float, float, float]] = deque(maxlen=_LONGEST_WINDOW)
-
-    def watch(self, module: nn.Module) -> None:
-        """Measure the forward passes of a module, other than those of evaluations."""
         module.register_forward_pre_hook(self._begin)
         module.register_forward_hook(self._finish)
 

@@ -64,4 +64,4 @@ def test_in_a_log_one_rank_writes_plain_lines_with_time_stamps(tmp_path: Path) -
     assert steps[-1] == 30
     told = [line for line in lines if "evaluating for" in line]
     assert 2 <= len(told) <= 4, "after one second, then ever more rarely, in both evaluations"
-    assert sum("saving a checkpoint for" in line for line in lines) >= 2
+    assert sum("saving a checkpoint for" in line for line in lines) >= 2, "the first and the last"

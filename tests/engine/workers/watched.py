@@ -46,8 +46,8 @@ def train(world: World, watch: Sentinel, request: StopRequest, folder: Path, opt
 
 def slow(world: World) -> dict[str, Any]:
     """What is told of ranks of which the last waits for data and computes longer than the others."""
-    module, pace = torch.nn.Identity(), Pace(world)
-    pace.watch(module)
+    module = torch.nn.Identity()
+    pace = Pace(world, module)
     last = world.rank == world.size - 1
     module.register_forward_pre_hook(lambda *_: time.sleep(0.03 if last else 0.002))
     for _ in range(5):
