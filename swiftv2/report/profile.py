@@ -16,6 +16,8 @@ Tree = Mapping[str, Any]
 Place = tuple[str, str]
 """Range and direction."""
 
+_DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
+"""What comes of a summary that is none."""
 NOWHERE = "outside of the model"
 _COLOURS = {
     "matrix products": "#4477aa",
@@ -145,7 +147,7 @@ def write_page(folder: Path) -> Path:
     summary = read_json(folder / "summary.json")
     try:
         content = _content(summary)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except _DAMAGED as error:
         raise SwiftError(f"{folder / 'summary.json'}: no summary of a profile: the file is damaged") from error
     write_file(folder / PAGE, document(f"Profile of {_steps(summary)}", content))
     return folder / PAGE
@@ -165,7 +167,7 @@ def profile_section(run: Run) -> Element | None:
             *_phase_bar(rank),
             element("p", slowdown(summary)[1], kind="quiet"),
         ]
-    except (SwiftError, KeyError, TypeError, ValueError, IndexError):
+    except (SwiftError, *_DAMAGED):
         told = [element("p", f"{where}/summary.json cannot be read.", kind="warning")]
     more = element(
         "p", "Stages, operators and the trace itself: ", element("code", f"{where}/{PAGE}"), " in the run directory."
@@ -441,7 +443,8 @@ def _range(cell: Tree) -> str:
 
 
 def _first(summary: Tree) -> _Rank:
-    return _Rank(next(iter(summary["ranks"].values())))
+    first, *_ = summary["ranks"].values()
+    return _Rank(first)
 
 
 def _steps(summary: Tree) -> str:
