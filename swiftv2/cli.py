@@ -15,6 +15,7 @@ from swiftv2.commands import (
     job,
     plan,
     pretrain,
+    report,
     status,
     store_read,
     store_synth,
@@ -101,6 +102,7 @@ def _parser() -> Parser:
     job.add(_verbs(nouns, "job", "what the Slurm launchers ask before and after the ranks"))
     sweep.add(_verbs(nouns, "sweep", "run sweeps and ladders, collect them, fit scaling laws, predict the next model"))
     status.add(nouns)
+    report.add(nouns)
     return parser
 
 

@@ -1,7 +1,7 @@
 """A run directory as the page needs it: read once, whole, whatever the run is doing meanwhile."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Run:
         events: in the order in which they were written.
         evaluation: the last held-out evaluation; None before the first.
         damaged: lines that say what cannot be read.
+        standing: how it stands, as `swiftv2 status` tells it; empty where nobody looked.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Run:
     events: tuple[Row, ...]
     evaluation: Mapping[str, Any] | None
     damaged: tuple[str, ...] = ()
+    standing: Mapping[str, Any] = field(default_factory=dict)
 
     def setting(self, dotted: str, otherwise: Any = None) -> Any:
         """A value of the configuration by its dotted key."""
@@ -47,8 +49,8 @@ class Run:
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and finite values of a key of the metrics."""
-        rows = [(int(row["step"]), float(row[key])) for row in self.metrics if row.get(key) is not None]
-        return [step for step, _ in rows], [value for _, value in rows]
+        rows = [(int(row["step"]), row[key]) for row in self.metrics if isinstance(row.get(key), int | float)]
+        return [step for step, _ in rows], [float(value) for _, value in rows]
 
     def last(self, key: str) -> Any:
         """The last value of a key of the metrics; None where there is none."""
@@ -68,12 +70,13 @@ class Run:
         return read_json(path) if path.is_file() else None
 
 
-def read_run(path: Path, name: str | None = None) -> Run:
+def read_run(path: Path, name: str | None = None, standing: Mapping[str, Any] | None = None) -> Run:
     """Read a run directory.
 
     Args:
         path: of the run.
         name: by which the page calls it; the folder's own when None.
+        standing: how it stands, where somebody has looked.
 
     Returns:
         What is there. A file that is damaged counts as missing and is named in `damaged`.
@@ -98,11 +101,15 @@ def read_run(path: Path, name: str | None = None) -> Run:
             return tuple(read(path / file))
         except SwiftError as error:
             damaged.append(str(error))
-            return ()
+        except (KeyError, TypeError, ValueError, AttributeError):
+            damaged.append(f"{path / file} holds lines that are none of a run: it is damaged")
+        except OSError as error:
+            damaged.append(f"{path / file}: {error.strerror}")
+        return ()
 
     try:
         settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, UnicodeDecodeError, OSError):
         settings = None
     if not isinstance(settings, dict):
         damaged.append(f"{path / 'config.yaml'} is not valid YAML: it is damaged")
@@ -116,4 +123,5 @@ def read_run(path: Path, name: str | None = None) -> Run:
         events=rows(EVENTS, read_lines),
         evaluation=document("evaluation.json"),
         damaged=tuple(damaged),
+        standing=standing or {},
     )
