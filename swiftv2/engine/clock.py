@@ -10,6 +10,10 @@ Part = Literal["data", "copy", "forward", "backward", "communication", "optimize
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
+_MOST_MARKS = 10_000
+"""Where nobody takes what was measured."""
+
+
 class Ranges(Protocol):
     """Who is told what part is entered, such as a profile that marks it in its trace."""
 
@@ -31,6 +35,8 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
+        # Collectives may be begun on a stream of their own: what is measured is how long the computing waits for them.
+        self._stream = torch.cuda.current_stream(device) if self._on_gpu else None
         self._entered: list[Part] = ["other"]
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._last = time.perf_counter()
@@ -47,7 +53,7 @@ class Clock:
         """The time since the last mark belongs to the part that is entered now."""
         if self._on_gpu:
             event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record()
+            event.record(self._stream)
             self._marks.append((self._entered[-1], event))
             return
         now = time.perf_counter()
@@ -57,6 +63,8 @@ class Clock:
     def waited(self) -> None:
         """The device has been waited for since the last mark: what was marked can be read."""
         self._passed = len(self._marks)
+        if self._passed > _MOST_MARKS:
+            self._read()
 
     def take(self) -> dict[Part, float]:
         """Seconds of each part since this was last asked; on a GPU as far as they can be read without waiting."""

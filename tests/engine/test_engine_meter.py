@@ -10,6 +10,7 @@ from swiftv2.engine.clock import Clock
 from swiftv2.engine.energy import DeviceReadings
 from swiftv2.engine.launch import World
 from swiftv2.engine.meter import Meter
+from swiftv2.engine.pace import RankPace, compare
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, 1, CPU)
@@ -91,3 +92,15 @@ def test_an_outage_spoils_no_average(monkeypatch: pytest.MonkeyPatch) -> None:
     assert values["clips_per_second"] > 4 / 0.05
     assert values["seconds_left"] < 95 * 0.05
     assert meter.longest > 0.5, "but what a step may take is known"
+
+
+def test_the_spread_over_ranks_is_told_until_the_next() -> None:
+    meter, clock = _meter()
+    paces = [RankPace(0, "a", 0.1, 0.4, 1.0), RankPace(1, "b", 0.1, 0.6, 1.1), RankPace(2, "c", 0.1, 0.4, 1.0)]
+    meter.compared(compare(paces))
+    for step in (1, 2):
+        _step(meter, clock, COUNTS)
+        values = meter.values(step)
+        assert values["spread/step_seconds"] == pytest.approx(1.1)
+        assert values["spread/compute_seconds"] == pytest.approx(1.5)
+        assert values["spread/data_seconds"] == 1.0

@@ -104,6 +104,13 @@ def test_losses_are_the_same_however_the_batch_is_spread(config: Path, real_stor
         words = [*steps, f"train.micro_batch={micro or 'null'}"]
         pretrain(config, real_store, tmp_path / name, *words, ranks=ranks)
         np.testing.assert_allclose(losses(tmp_path / name), reference, rtol=5e-6, err_msg=name)
+        for key in ("loss_ratio", "total/brain_tokens", "total/flops"):
+            kept, found = (
+                [(row["step"], row[key]) for row in read_metrics(tmp_path / one / "metrics.jsonl") if key in row]
+                for one in ("plain", name)
+            )
+            assert kept
+            np.testing.assert_allclose(found, kept, rtol=5e-6, err_msg=f"{key} of {name}")
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
