@@ -31,7 +31,8 @@ STYLE = """
 button.tool { font: inherit; font-size: .8rem; color: var(--ink); background: var(--paper); border: 1px solid var(--rule);
   border-radius: .4rem; padding: .15rem .55rem; cursor: pointer; } button.tool[aria-pressed=true] { background: var(--ink);
   color: var(--paper); } button.tool:hover { border-color: var(--quiet); }
-.chart figcaption { font-size: .88rem; max-width: 46rem; }
+.chart:not(.zoomed) [data-tool=all] { visibility: hidden; }
+.chart figcaption { font-size: .88rem; margin-top: .4rem; max-width: 46rem; }
 @media print { .tools { display: none !important; } }
 """
 
@@ -58,13 +59,17 @@ SCRIPT = r"""
     layout.legend = { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 }, ...given.legend };
     for (const name of Object.keys({ xaxis: 0, yaxis: 0, ...given })) if (/^[xy]axis\d*$/.test(name))
       layout[name] = axis(given[name]);
+    const narrow = plot.clientWidth < 520 && own.data.length > 1 && layout.showlegend;
+    // A legend of one column takes a line for each curve.
+    if (narrow && given.height) plot.style.height = (layout.height = given.height + 14 * own.data.length) + "px";
     if (plot.dataset.log === "true") layout.yaxis.type = "log";
     const range = ranges[plot.dataset.steps];
     if (range) { layout.xaxis.range = range.slice(); layout.xaxis.autorange = false; }
     return [own.data, layout];
   };
   const config = { responsive: true, displaylogo: false, displayModeBar: "hover", doubleClick: "reset",
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "resetScale2d"] };
+    modeBarButtons: [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d"], ["toImage"]] };
+  const zoomed = plot => !plot.layout.xaxis.autorange || plot.dataset.ranged !== "true" && !plot.layout.yaxis.autorange;
   const together = (plot, range) => {
     const group = plot.dataset.steps;
     if (!group || JSON.stringify(ranges[group] ?? null) === JSON.stringify(range)) return;
@@ -75,7 +80,9 @@ SCRIPT = r"""
   const draw = plot => {
     if (!drawn.has(plot)) drawn.set(plot, Plotly.newPlot(plot, ...partsOf(plot), config).then(() => {
       plot.dataset.drawn = "true";
+      plot.dataset.ranged = !plot.layout.yaxis.autorange;
       plot.on("plotly_relayout", change => {
+        plot.closest("figure").classList.toggle("zoomed", zoomed(plot));
         if (change["xaxis.autorange"]) together(plot, null);
         else if (change["xaxis.range"]) together(plot, change["xaxis.range"].slice());
         else if ("xaxis.range[0]" in change) together(plot, [change["xaxis.range[0]"], change["xaxis.range[1]"]]);
@@ -96,8 +103,8 @@ SCRIPT = r"""
       log.setAttribute("aria-pressed", on);
       draw(plot).then(() => Plotly.relayout(plot, { "yaxis.type": on ? "log" : "linear", "yaxis.autorange": true }));
     };
-    figure.querySelector("[data-tool=all]").onclick = () => draw(plot).then(() =>
-      Plotly.relayout(plot, { "xaxis.autorange": true, "yaxis.autorange": true }));
+    figure.querySelector("[data-tool=all]").onclick = () => draw(plot).then(() => Plotly.relayout(plot,
+      { "xaxis.autorange": true, ...(plot.dataset.ranged === "true" ? {} : { "yaxis.autorange": true }) }));
   }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
     for (const plot of drawn.keys()) Plotly.react(plot, ...partsOf(plot), config);
@@ -182,9 +189,10 @@ def thinned(series: Series, most: int = MOST_POINTS) -> tuple[list[float], list[
     x, y = np.asarray(series[0], dtype=np.float64), np.asarray(series[1], dtype=np.float64)
     if len(y) <= most:
         return _shortened(x), _shortened(y), False
-    kept: list[int] = []
-    for part in np.array_split(np.arange(len(y)), most // 2):
-        kept += sorted({int(part[np.argmin(y[part])]), int(part[np.argmax(y[part])])})
+    places = {0, len(y) - 1}
+    for part in np.array_split(np.arange(len(y)), most // 2 - 1):
+        places |= {int(part[np.argmin(y[part])]), int(part[np.argmax(y[part])])}
+    kept = sorted(places)
     return _shortened(x[kept]), _shortened(y[kept]), True
 
 

@@ -72,7 +72,7 @@ def _settings(runs: Sequence[Run]) -> list[Element]:
         return [element("p", "None.")]
     shown = keys[:_MOST_SETTINGS]
     rows: list[list[Cell]] = [
-        [element("code", key), *(element("code", json_like(tree.get(key))) for tree in trees)] for key in shown
+        [element("code", key, kind="key"), *(element("code", json_like(tree.get(key))) for tree in trees)] for key in shown
     ]
     table = tabled(("setting", *(run.name for run in runs)), rows, label="settings that differ between runs")
     more = len(keys) - len(shown)

@@ -92,7 +92,15 @@ def curve_chart(runs: Sequence[Run], curve: Curve, steps: str = "steps") -> Elem
         name = _name(run, runs, curve.title)
         line = {"color": colour, "width": 1 if smooth else 1.8}
         mode = "lines" if len(x) > 1 else "markers"
-        thin = {"type": "scatter", "mode": mode, "x": x, "y": y, "line": line, "marker": {"color": colour}, "name": name}
+        thin: dict[str, Any] = {
+            "type": "scatter",
+            "mode": mode,
+            "x": x,
+            "y": y,
+            "line": line,
+            "marker": {"color": colour},
+            "name": name,
+        }
         if smooth:
             thin |= {
                 "opacity": 0.35,

@@ -82,7 +82,7 @@ def _chart(groups: Mapping[str, Any], names: Sequence[str]) -> list[Element]:
         return []
     layout = {
         "hovermode": "closest",
-        "xaxis": {"title": {"text": "R2 on the fluctuation of hidden voxels"}, "zeroline": True, "zerolinewidth": 2},
+        "xaxis": {"title": {"text": "R2 on the fluctuation"}, "zeroline": True, "zerolinewidth": 2},
         "yaxis": {
             "tickvals": list(range(rows)),
             "ticktext": [plain(_label(name)) for name in reversed(names)],

@@ -118,8 +118,9 @@ def _differences(run: Run) -> list[Element]:
     rows: list[list[Cell]] = []
     for key in sorted(base | now if preset is not None and preset.settings is not None else now):
         before, after = base.get(key, _MISSING), now.get(key, _MISSING)
-        if before != after and key not in _PLACES:
-            rows.append([element("code", key), _value(before), _value(after), docs.get(key, "")])
+        # Of a setting that came later than the run there is nothing to say.
+        if before != after and after is not _MISSING and key not in _PLACES:
+            rows.append([element("code", key, kind="key"), _value(before), _value(after), docs.get(key, "")])
     if not rows:
         return [element("p", against, kind="quiet"), element("p", "None: it ran as the preset says.")]
     return [

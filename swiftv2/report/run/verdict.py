@@ -97,18 +97,18 @@ def _judged(asks: str, evaluation: Mapping[str, Any], group: Mapping[str, Any]) 
     step, subjects = evaluation.get("step"), int(group.get("subjects", 0))
     figures = (
         f"On {counted(subjects, 'held-out subject')} at step {step:,} it explains {_share(own)} of the fluctuation; "
-        f"copying ({method(best)}) explains {baseline:.1%}, a gain of {_points(gain)}."
+        f"the better baseline ({method(best)}) {baseline:.1%}, so it gains {_points(gain)}."
     )
     notes = tuple(_cohorts(evaluation))
     if gain is None or gain["low"] is None or own["low"] is None:
         says = f"{figures} One subject gives no interval: hold out more."
         return Verdict(asks, "unknown", "cannot be told", says, notes)
     if gain["high"] < 0:
-        return Verdict(asks, "bad", "no", f"{figures} Copying does better.", notes)
+        return Verdict(asks, "bad", "no", f"{figures} The baseline does better.", notes)
     if gain["low"] > 0 and own["low"] > 0:
         return Verdict(asks, "good", "yes", figures, notes)
     if gain["low"] > 0:
-        says = f"{figures} It does better than copying, but is not sure to explain any fluctuation: R2 may be 0."
+        says = f"{figures} It does better than the baseline, but is not sure to explain any fluctuation: R2 may be 0."
         return Verdict(asks, "look", "not yet", says, notes)
     return Verdict(asks, "look", "not yet", f"{figures} The interval of the gain holds 0.", notes)
 
