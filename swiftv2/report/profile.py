@@ -163,7 +163,7 @@ def profile_section(run: Run) -> Element | None:
         summary = read_json(found[-1])
         rank = _first(summary)
         told: list[Content] = [
-            element("p", sentence(summary), kind="says"),
+            element("p", _unbroken(sentence(summary)), kind="says"),
             *_phase_bar(rank),
             element("p", slowdown(summary)[1], kind="quiet"),
         ]
@@ -182,7 +182,7 @@ def _content(summary: Tree) -> list[Content]:
     content: list[Content] = [
         element("style", _STYLE),
         element("h1", f"Where the time goes: {_steps(summary)}"),
-        element("p", sentence(summary), kind="says"),
+        element("p", _unbroken(sentence(summary)), kind="says"),
         element("p", compared, kind="quiet"),
     ]
     if ratio > _MUCH_LONGER:
@@ -381,9 +381,10 @@ def _advice(rank: _Rank, ranks: int) -> list[Content]:
     copies = rank.by(lambda cell: _range(cell) if cell["kind"] == "copies and indexing" else "")
     copies.pop("", None)
     if sum(copies.values()) > 0.25 * rank.whole:
+        halved = "" if rank.device is None else "; engine.precision=bf16 halves what they move"
         said.append(
             f"Copies and indexing are {_percent(sum(copies.values()), rank.whole)}, most of them in {next(iter(copies))}: they "
-            "move memory and compute nothing; bf16 halves them."
+            f"move memory and compute nothing{halved}."
         )
     products = rank.by(lambda cell: cell["kind"]).get("matrix products", 0.0)
     if products > 0.5 * rank.whole:
@@ -460,6 +461,11 @@ def _attempt(path: Path) -> int:
 def _percent(part: float, whole: float) -> str:
     share = 100 * float(part) / whole if whole else 0.0
     return f"{share:.0f} %" if share >= 9.95 or share == 0 else f"{share:.1f} %"
+
+
+def _unbroken(text: str) -> str:
+    """A number stays on the line of its sign."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _share(part: float, whole: float) -> Number:
