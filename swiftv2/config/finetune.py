@@ -9,6 +9,7 @@ from swiftv2.config.base import Config
 from swiftv2.config.engine import EngineConfig, FaultsConfig, ScheduleConfig, TrainConfig
 from swiftv2.config.model import ModelConfig, OptimizerConfig
 from swiftv2.config.task import TaskConfig
+from swiftv2.config.tracking import TrackingConfig
 
 RegimeName = Literal["scratch", "full", "last_blocks", "frozen", "lora"]
 
@@ -151,5 +152,7 @@ class FinetuneConfig(Config):
     """Steps, batch, saves."""
     faults: FaultsConfig = FaultsConfig()
     """When a step is refused, a run rewound, a rank taken for hung."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Who is told the numbers beside metrics.jsonl."""
     evaluate: FinetuneEvaluateConfig = FinetuneEvaluateConfig()
     """Validation and test."""

@@ -8,6 +8,7 @@ from swiftv2.config.base import Config
 from swiftv2.config.data import ClipConfig, DataConfig
 from swiftv2.config.engine import EngineConfig, EvaluateConfig, FaultsConfig, RunConfig, ScheduleConfig, TrainConfig
 from swiftv2.config.model import LossConfig, MaskConfig, ModelConfig, ObjectiveName, OptimizerConfig
+from swiftv2.config.tracking import TrackingConfig
 
 
 class PretrainConfig(Config):
@@ -38,6 +39,8 @@ class PretrainConfig(Config):
     """Steps, batch, saves."""
     faults: FaultsConfig = FaultsConfig()
     """When a step is refused, a run rewound, a rank taken for hung."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Who is told the numbers beside metrics.jsonl."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Held-out subjects."""
 

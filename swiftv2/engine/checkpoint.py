@@ -39,6 +39,7 @@ class TrainerState:
         spike_window: loss and gradient norm of the accepted steps by which the next is judged.
         refused: steps in a row, up to this one, that were refused: step, reason, and (clip, position) of each sample.
         rewinds: how often the run went back.
+        tracker_id: of the run at its trackers, the same in every attempt; None where there are none.
     """
 
     step: int
@@ -58,6 +59,7 @@ class TrainerState:
     spike_window: list[tuple[float, float]] = field(default_factory=list)
     refused: list[dict[str, Any]] = field(default_factory=list)
     rewinds: int = 0
+    tracker_id: str | None = None
 
     def scored(self, scores: Mapping[str, float], metric: str | None) -> Self:
         """The state after an evaluation, which may have been the best so far: the lowest finite value of `metric`."""

@@ -58,6 +58,7 @@ def resume(
         "accumulation": backend.accumulation,
         "config_sha256": on_first(lambda: hashlib.sha256((run.path / "config.yaml").read_bytes()).hexdigest(), world),
         "schedule": {**schedule.model_dump(), "max_steps": train.max_steps},
+        "tracker_id": run.tracker_id,
     }
     if former is None:
         state = TrainerState(step=0, samples=0, seed=seed, **now)

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +42,7 @@ CHANGEABLE = (
     "train.time_limit_minutes",
     "train.skip_steps",
     "faults",
+    "tracking",
     "train.evaluate_every",
     "train.profile",
     "evaluate",
@@ -80,6 +81,8 @@ class RunDirectory:
         self.path = path
         self.attempt = attempt
         self.lease = lease
+        self.listeners: list[Callable[[int, Mapping[str, Any]], None]] = []
+        self.tracker_id: str | None = None
         self._writes = world.rank == 0
 
     @classmethod
@@ -135,8 +138,10 @@ class RunDirectory:
         return None if taker is None else f"{self.path} was taken over by {taker}"
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append one line to `metrics.jsonl`: step, attempt, time, then the values."""
+        """Append one line to `metrics.jsonl`: step, attempt, time, then the values; then tell those who listen."""
         self._append("metrics.jsonl", {"step": step, "attempt": self.attempt, "time": time.time(), **values})
+        for listen in self.listeners:
+            listen(step, values)
 
     def event(self, kind: str, step: int | None = None, /, **values: Any) -> None:
         """Append one line to `events.jsonl`: step (null outside of steps), attempt, time, event, then the values."""

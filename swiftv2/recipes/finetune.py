@@ -34,6 +34,8 @@ from swiftv2.engine.place import find_place
 from swiftv2.engine.rundir import CHANGEABLE, RunDirectory, compare_config
 from swiftv2.engine.sentinel import Sentinel
 from swiftv2.engine.stream import Exclusion
+from swiftv2.engine.trackers.desk import Trackers
+from swiftv2.engine.trackers.tracker import check
 from swiftv2.errors import SwiftError, UsageError
 from swiftv2.files import write_file
 from swiftv2.models import decay_names
@@ -70,6 +72,7 @@ def finetune(config: FinetuneConfig) -> FitResult:
     Raises:
         SwiftError: anything that the user can mend; before a device is taken where that is possible.
     """
+    check(config.tracking.wanted, os.environ)
     card = None if config.encoder.weights is None else weights.read_card(config.encoder.weights)
     config = complete(config, card)
     compare_config(config.run.dir / "config.yaml", dump(config), MAY_CHANGE)
@@ -91,6 +94,7 @@ def finetune(config: FinetuneConfig) -> FitResult:
             )
         with (
             RunDirectory.open(config.run.dir, dump(config), world, MAY_CHANGE) as run,
+            Trackers(config.tracking, config, run, world),
             Sentinel.over(run, world, config.train, config.faults) as watch,
         ):
             share = learned_share(module.predictor)

@@ -22,6 +22,8 @@ from swiftv2.engine.place import find_place
 from swiftv2.engine.rundir import RunDirectory
 from swiftv2.engine.sentinel import Sentinel
 from swiftv2.engine.stream import Exclusion
+from swiftv2.engine.trackers.desk import Trackers
+from swiftv2.engine.trackers.tracker import check
 from swiftv2.errors import SwiftError
 from swiftv2.models import decay_names, learning_rates
 from swiftv2.models.blocks import compile_blocks
@@ -55,6 +57,7 @@ def pretrain(config: PretrainConfig) -> FitResult:
     Raises:
         SwiftError: anything that the user can mend; before a device is taken where that is possible.
     """
+    check(config.tracking.wanted, os.environ)
     branch = find_branch(config)
     data = open_data(config, config.run.dir if branch is None else branch.run_dir)
     # A branch has it in its trunk's checkpoint.
@@ -67,6 +70,7 @@ def pretrain(config: PretrainConfig) -> FitResult:
         _check_agreement(data, asked, world)
         with (
             RunDirectory.open(config.run.dir, dump(config), world) as run,
+            Trackers(config.tracking, config, run, world),
             Sentinel.over(run, world, config.train, config.faults) as watch,
         ):
             objective = Objective(config, torch.as_tensor(data.store.voxels).long(), data.store.grid.shape)
