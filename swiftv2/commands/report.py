@@ -26,11 +26,14 @@ def add(nouns: Any) -> None:
     examples = (
         "swiftv2 report runs/first",
         "swiftv2 report runs/first runs/second --out both.html",
+        "swiftv2 report runs/first --share --out for-others.html",
     )
     parser = add_command(nouns, "report", _report, text, examples)
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="run directory")
     where = f"the page; RUN_DIR/{NAME} by default, ./{NAME} for several runs"
     parser.add_argument("--out", type=Path, metavar="FILE", help=where)
+    hides = "leave out names of hosts and users, and all of paths but their last part"
+    parser.add_argument("--share", action="store_true", help=hides)
     add_json(parser)
 
 
@@ -46,7 +49,7 @@ def _report(arguments: argparse.Namespace) -> int:
     out = arguments.out or (paths[0] / NAME if len(paths) == 1 else Path(NAME))
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder: give the name of a file")
-    content = page(runs, now)
+    content = page(runs, now, share=arguments.share)
     write_file(out, content)
     answers = [{"run": str(run.path), "verdicts": [one.__dict__ for one in verdicts(run)]} for run in runs]
     seconds = time.perf_counter() - began

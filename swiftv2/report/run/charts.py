@@ -31,7 +31,7 @@ STYLE = """
 button.tool { font: inherit; font-size: .8rem; color: var(--ink); background: var(--paper); border: 1px solid var(--rule);
   border-radius: .4rem; padding: .15rem .55rem; cursor: pointer; } button.tool[aria-pressed=true] { background: var(--ink);
   color: var(--paper); } button.tool:hover { border-color: var(--quiet); }
-.chart:not(.zoomed) [data-tool=all] { visibility: hidden; }
+.chart:not(.zoomed) [data-tool=all] { display: none; }
 .chart figcaption { font-size: .88rem; margin-top: .4rem; max-width: 46rem; }
 @media print { .tools { display: none !important; } }
 """

@@ -1,6 +1,6 @@
 """Several runs side by side: how each stands, and in which settings they differ."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree.ElementTree import Element
 
@@ -20,8 +20,7 @@ def comparing_section(runs: Sequence[Run]) -> Element:
     for run in runs:
         answers = verdicts(run)
         step, last = run.last("step"), run.setting("train.max_steps")
-        group = (run.evaluation or {}).get("groups", {}).get("all", {})
-        r2 = group.get("methods", {}).get("model", {}).get("r2") or {}
+        r2 = own_r2(run)
         ends = f" ({r2['low']:.3f} to {r2['high']:.3f})" if r2.get("low") is not None else ""
         speed = averages_of(run, "clips_per_second")
         cost = run.last("total/gpu_hours") or run.last("total/cpu_hours")
@@ -55,6 +54,14 @@ def comparing_section(runs: Sequence[Run]) -> Element:
         *_settings(runs),
     ]
     return section("comparing", "Side by side", *parts)
+
+
+def own_r2(run: Run) -> Mapping[str, Any]:
+    """Held-out R2 of the model with its interval; empty where there is none."""
+    found: Any = run.evaluation
+    for key in ("groups", "all", "methods", "model", "r2"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 def _number(value: Any, how: str) -> Cell:

@@ -28,7 +28,7 @@ def heldout_section(run: Run) -> Element | None:
     evaluation = run.evaluation
     if evaluation is None or not isinstance(evaluation.get("groups"), Mapping):
         return None
-    groups = {name: group for name, group in evaluation["groups"].items() if isinstance(group, Mapping) and "methods" in group}
+    groups = {name: group for name, group in evaluation["groups"].items() if _is_group(group)}
     if not groups:
         return None
     # With one cohort, the rows of all and of it are the same.
@@ -40,6 +40,10 @@ def heldout_section(run: Run) -> Element | None:
     intro = f"Step {step}, split {split}. Loss ({kind}) {number(loss)}." if isinstance(loss, float) else f"Step {step}."
     parts = [element("p", intro, kind="quiet"), *_chart(groups, names), _table(groups, names)]
     return section("heldout", "Held-out subjects, by cohort", *parts)
+
+
+def _is_group(group: Any) -> bool:
+    return isinstance(group, Mapping) and isinstance(group.get("methods"), Mapping)
 
 
 def _label(name: str) -> str:

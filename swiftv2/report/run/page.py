@@ -12,6 +12,7 @@ from swiftv2.report.run.curves import curves_section
 from swiftv2.report.run.heldout import heldout_section
 from swiftv2.report.run.provenance import provenance_section
 from swiftv2.report.run.reading import Run
+from swiftv2.report.run.sharing import hide
 from swiftv2.report.run.throughput import throughput_section
 from swiftv2.report.run.timeline import timeline_section
 from swiftv2.report.run.verdict import shown, verdicts
@@ -55,17 +56,20 @@ td code { overflow-wrap: anywhere; } td code.key { white-space: nowrap; }
 """
 
 
-def page(runs: Sequence[Run], now: float) -> bytes:
+def page(runs: Sequence[Run], now: float, *, share: bool = False) -> bytes:
     """The page.
 
     Args:
         runs: with names that differ.
         now: unix time, told in the page: it does not follow a run that goes on.
+        share: whether names of hosts and users and all of paths but their last part are left out.
 
     Returns:
         HTML in UTF-8 that fetches nothing.
     """
     body = _single(runs[0], now) if len(runs) == 1 else _several(runs, now)
+    if share:
+        hide([one for one in body if isinstance(one, Element)], runs)
     title = f"{runs[0].name} \u2013 run" if len(runs) == 1 else f"{counted(len(runs), 'run')} side by side"
     return document(title, body, style=charts.STYLE + STYLE, scripts=charts.scripts())
 
@@ -83,7 +87,7 @@ def _several(runs: Sequence[Run], now: float) -> list[Content]:
     for place, run in enumerate(runs):
         sections = [one for one in _sections(run, alone=False) if one is not None]
         for part in sections:
-            part.set("id", f"{part.get('id')}-{place}")
+            part.set("id", f"{part.get('id', 'part')}-{place}")
         content: list[Content] = [element("p", _status(run), kind="quiet"), *_damaged(run), shown(verdicts(run)), *sections]
         own.append(element("details", element("summary", run.name), *content, kind="run", id=f"run-{place}"))
     return [header, _links([*common, *own]), *common, *own, _footer(now)]
@@ -92,7 +96,7 @@ def _several(runs: Sequence[Run], now: float) -> list[Content]:
 def _sections(run: Run, *, alone: bool) -> list[Element | None]:
     """Of one run, top down; what is drawn for all runs together is not drawn again."""
     return [
-        heldout_section(run),
+        _guarded(heldout_section, run),
         _other("pictures", run),
         curves_section([run]) if alone else None,
         throughput_section([run]),
@@ -100,8 +104,8 @@ def _sections(run: Run, *, alone: bool) -> list[Element | None]:
         _other("datasheet", run),
         _other("overlap", run),
         _other("downstream", run),
-        timeline_section(run),
-        provenance_section(run),
+        _guarded(timeline_section, run),
+        _guarded(provenance_section, run),
     ]
 
 
@@ -124,11 +128,15 @@ def _profile(run: Run) -> Element | None:
 
 
 def _guarded(made: Section, run: Run) -> Element | None:
-    """A section, or what is wrong with the file that it is made from."""
+    """A section, or a box that says what it could not be made from: the rest of the page is worth having."""
     try:
         return made(run)
     except SwiftError as error:
         return warned("A part of the page cannot be made", [str(error)])
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        name = made.__name__.removesuffix("_section")
+        why = f"{name}: a file in {run.path} does not hold what it should ({type(error).__name__}: {error})"
+        return warned("A part of the page cannot be made", [why])
 
 
 def _status(run: Run) -> str:
