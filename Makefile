@@ -37,7 +37,8 @@ types:
 
 tests:
 	$(BIN)/python -m pytest -m "not alone" -n $(RANKS) --dist loadfile
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest -m alone --ignore tests/slurm
+	$(BIN)/python -m pytest tests/slurm -n $(RANKS) --dist loadfile
 
 test-slurm: environment
 	$(BIN)/python -m pytest tests/slurm

@@ -1,12 +1,14 @@
 """The daemons of a Slurm on one host: what they need, their settings, and processes that belong to them."""
 
 import contextlib
+import fcntl
 import os
 import random
 import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -94,6 +96,13 @@ def installed(packages: Sequence[str]) -> str | None:
     """Install Debian packages; why that could not be, in one line, else None."""
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         return f"{' '.join(packages)} not installed, and only root with apt-get can do so"
+    # Two sessions of tests may begin at once, and apt-get waits for nobody.
+    with (Path(tempfile.gettempdir()) / "swiftv2-apt.lock").open("w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _installed(packages)
+
+
+def _installed(packages: Sequence[str]) -> str | None:
     # RUNLEVEL=1 keeps packages from starting services of their own.
     quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
     for words in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
