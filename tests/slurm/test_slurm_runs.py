@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 from cluster import Cluster, remove
-from launched import GEOMETRY, ROOT, Launched, environment
 from endings import assert_same_end
+from launched import GEOMETRY, ROOT, Launched, environment
 from ranks import swiftv2_run
 
 from swiftv2.records import METRICS, newest_step, read_holder, read_metrics
