@@ -49,12 +49,12 @@ _SMALL = 0.005
 """Share of a step below which a bar is left out: its row is in the table."""
 _MUCH_LONGER = 1.5
 _STYLE = """
-.bar { display: flex; height: 1.3rem; border-radius: .2rem; overflow: hidden; background: var(--rule); margin: .15rem 0; }
-.bar span { display: block; height: 100%; }
-.keys { list-style: none; padding: 0; margin: .5rem 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .92rem; }
-.keys i { display: inline-block; width: .8rem; height: .8rem; border-radius: .15rem; margin-right: .35rem; }
-.ranges { display: grid; grid-template-columns: minmax(6rem, 15rem) minmax(6rem, 1fr) 4.2rem; gap: .1rem .7rem;
-  font-size: .92rem; align-items: center; } .ranges .share { text-align: right; font-variant-numeric: tabular-nums; }
+.profile-bar { display: flex; height: 1.3rem; border-radius: .2rem; overflow: hidden; background: var(--rule); margin: .15rem 0; }
+.profile-bar span { display: block; height: 100%; }
+.profile-keys { list-style: none; padding: 0; margin: .5rem 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .92rem; }
+.profile-keys i { display: inline-block; width: .8rem; height: .8rem; border-radius: .15rem; margin-right: .35rem; }
+.profile-ranges { display: grid; grid-template-columns: minmax(6rem, 15rem) minmax(6rem, 1fr) 4.2rem; gap: .1rem .7rem;
+  font-size: .92rem; align-items: center; } .profile-ranges .share { text-align: right; font-variant-numeric: tabular-nums; }
 """
 
 
@@ -149,7 +149,7 @@ def write_page(folder: Path) -> Path:
         content = _content(summary)
     except _DAMAGED as error:
         raise SwiftError(f"{folder / 'summary.json'}: no summary of a profile: the file is damaged") from error
-    write_file(folder / PAGE, document(f"Profile of {_steps(summary)}", content))
+    write_file(folder / PAGE, document(f"Profile of {_steps(summary)}", content, _STYLE))
     return folder / PAGE
 
 
@@ -180,7 +180,6 @@ def _content(summary: Tree) -> list[Content]:
     ratio, compared = slowdown(summary)
     ranks = [(name, _Rank(told)) for name, told in summary["ranks"].items()]
     content: list[Content] = [
-        element("style", _STYLE),
         element("h1", f"Where the time goes: {_steps(summary)}"),
         element("p", _unbroken(sentence(summary)), kind="says"),
         element("p", compared, kind="quiet"),
@@ -241,7 +240,7 @@ def _range_bars(rank: _Rank) -> list[Content]:
     what = "of the time of all kernels" if rank.device else "of a step"
     return [
         element("p", f"Each bar is a range's own time, without the ranges within it; the share is {what}.", kind="quiet"),
-        element("div", *rows, kind="ranges"),
+        element("div", *rows, kind="profile-ranges"),
         _keys({name: 0.0 for name in _COLOURS if name in seen}, 0.0, _COLOURS),
     ]
 
@@ -418,7 +417,7 @@ def _bar(parts: Mapping[str, float], whole: float, colours: Mapping[str, str], l
         if seconds > 0
     ]
     words = ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in parts.items() if seconds > 0)
-    return element("div", *shown, kind="bar", role="img", aria_label=f"{label}: {words}")
+    return element("div", *shown, kind="profile-bar", role="img", aria_label=f"{label}: {words}")
 
 
 def _keys(parts: Mapping[str, float], whole: float, colours: Mapping[str, str]) -> Element:
@@ -426,7 +425,7 @@ def _keys(parts: Mapping[str, float], whole: float, colours: Mapping[str, str]) 
         element("li", element("i", style=f"background: {colours[name]}"), f"{name} {_percent(seconds, whole) if whole else ''}")
         for name, seconds in parts.items()
     ]
-    return element("ul", *items, kind="keys")
+    return element("ul", *items, kind="profile-keys")
 
 
 def _in_order(places: Iterable[Place]) -> list[Place]:

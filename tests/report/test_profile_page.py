@@ -170,7 +170,7 @@ def test_the_page_fits_a_phone_and_its_tables_sort(run: Path, browser: webdriver
     paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
     widths = browser.execute_script(
-        "return [...document.querySelectorAll('.bar')].map(b => [...b.children].reduce((w, s) => w + s.offsetWidth, 0))"
+        "return [...document.querySelectorAll('.profile-bar')].map(b => [...b.children].reduce((w, s) => w + s.offsetWidth, 0))"
     )
     assert len(widths) > 8
     assert min(widths) > 0
