@@ -49,9 +49,11 @@ _SMALL = 0.005
 """Share of a step below which a bar is left out: its row is in the table."""
 _MUCH_LONGER = 1.5
 _STYLE = """
-.profile-bar { display: flex; height: 1.3rem; border-radius: .2rem; overflow: hidden; background: var(--rule); margin: .15rem 0; }
+.profile-bar { display: flex; height: 1.3rem; border-radius: .2rem; overflow: hidden; background: var(--rule);
+  margin: .15rem 0; }
 .profile-bar span { display: block; height: 100%; }
-.profile-keys { list-style: none; padding: 0; margin: .5rem 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .92rem; }
+.profile-keys { list-style: none; padding: 0; margin: .5rem 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem;
+  font-size: .92rem; }
 .profile-keys i { display: inline-block; width: .8rem; height: .8rem; border-radius: .15rem; margin-right: .35rem; }
 .profile-ranges { display: grid; grid-template-columns: minmax(6rem, 15rem) minmax(6rem, 1fr) 4.2rem; gap: .1rem .7rem;
   font-size: .92rem; align-items: center; } .profile-ranges .share { text-align: right; font-variant-numeric: tabular-nums; }
