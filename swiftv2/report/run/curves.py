@@ -66,13 +66,9 @@ LEARNING = (
 
 def curves_section(runs: Sequence[Run]) -> Element | None:
     """Loss, its ratio to copying, held-out loss and R2, rate, gradient norm; None where there is no step yet."""
-    figures = [figure for figure in (_heldout(runs), *(curve_chart(runs, one) for one in LEARNING)) if figure is not None]
-    # The training loss comes first.
-    if len(figures) > 1 and _heldout(runs) is not None:
-        figures[0], figures[1] = figures[1], figures[0]
-    extra = _r2(runs) or _validation(runs)
-    if extra is not None:
-        figures.insert(2, extra)
+    loss, *others = (curve_chart(runs, one) for one in LEARNING)
+    shown = (loss, _heldout(runs), _r2(runs) or _validation(runs), *others)
+    figures = [figure for figure in shown if figure is not None]
     if not figures:
         return None
     told = "Drag to zoom into steps, in all curves at once; double-click or \u201cshow all\u201d to come back."

@@ -1,9 +1,10 @@
 """How fast a run is, where the time of its steps goes, and what it has cost."""
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
 from xml.etree.ElementTree import Element
+
+import numpy as np
 
 from swiftv2.report.markup import Cell, Content, Number, element, number, tabled
 from swiftv2.report.run.charts import COLOURS, averaged, chart
@@ -84,7 +85,7 @@ def averages_of(run: Run, key: str) -> tuple[float, float] | None:
     _, values = run.series(key)
     if not values:
         return None
-    return statistics.median(values), statistics.median(values[-max(1, len(values) // 10) :])
+    return float(np.median(values)), float(np.median(values[-max(1, len(values) // 10) :]))
 
 
 def _averages(run: Run) -> Element | None:
@@ -93,16 +94,15 @@ def _averages(run: Run) -> Element | None:
         found = averages_of(run, key)
         if found is not None:
             rows.append([name, *(Number(v * times, f"{short(v * times)} {unit}".strip()) for v in found)])
-    mean = _means(run)
+    mean, lately = _means(run), _means(run, last=True)
     whole = sum(mean.values())
     for phase, seconds in mean.items():
-        last = _means(run, last=True)[phase]
         share = f" ({seconds / whole:.0%})" if whole else ""
         rows.append(
             [
                 f"{PHASES[phase]}, a step",
                 Number(seconds, f"{1000 * seconds:,.1f} ms{share}"),
-                Number(last, f"{1000 * last:,.1f} ms"),
+                Number(lately[phase], f"{1000 * lately[phase]:,.1f} ms"),
             ]
         )
     if not rows:
@@ -120,7 +120,7 @@ def _means(run: Run, *, last: bool = False) -> dict[str, float]:
     for phase in PHASES:
         _, values = run.series(f"seconds/{phase}")
         if values:
-            found[phase] = statistics.fmean(values[-max(1, len(values) // 10) :] if last else values)
+            found[phase] = float(np.mean(values[-max(1, len(values) // 10) :] if last else values))
     return found
 
 

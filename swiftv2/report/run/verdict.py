@@ -1,12 +1,13 @@
 """What a person wants to know first: has it learned beyond copying, is it healthy, does it resume?"""
 
 import math
-import statistics
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 from xml.etree.ElementTree import Element
+
+import numpy as np
 
 from swiftv2.report.markup import element, listed
 from swiftv2.report.run.reading import Run
@@ -243,7 +244,7 @@ def waiting_share(run: Run) -> float | None:
         total = sum(whole[half:])
         return sum(phase[half:]) / total if total else None
     _, shares = run.series("data_wait")
-    return statistics.fmean(shares[len(shares) // 2 :]) if shares else None
+    return float(np.mean(shares[len(shares) // 2 :])) if shares else None
 
 
 def falling(run: Run) -> str:
@@ -252,10 +253,10 @@ def falling(run: Run) -> str:
     size = int(len(losses) * _TAIL)
     if size < _FEWEST:
         return "Too few steps to tell whether the loss falls." if losses else "No loss is known yet."
-    former, last = losses[-2 * size : -size], losses[-size:]
-    change = statistics.fmean(last) - statistics.fmean(former)
-    error = math.sqrt((statistics.variance(former) + statistics.variance(last)) / size)
-    share = change / abs(statistics.fmean(former)) if statistics.fmean(former) else 0.0
+    former, last = np.asarray(losses[-2 * size : -size]), np.asarray(losses[-size:])
+    change = float(last.mean() - former.mean())
+    error = math.sqrt(float(former.var(ddof=1) + last.var(ddof=1)) / size)
+    share = change / abs(float(former.mean())) if former.mean() else 0.0
     which = f"over the last {_TAIL:.0%} of its steps, against as many before them ({share:+.1%})"
     if abs(change) <= _CLEAR * error:
         return f"The training loss is level {which}."
