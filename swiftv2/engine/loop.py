@@ -119,7 +119,7 @@ def fit(
         for problem in start.problems:
             progress.note(f"a damaged checkpoint is set aside: {problem}")
         readings = stack.enter_context(DeviceReadings(world))
-        profile = stack.enter_context((profile or Profile()).telling(progress.note, backend.clock))
+        profile = stack.enter_context((profile or Profile()).telling(progress.note, backend.clock, watch.at))
         parts = _Parts(backend, world, run, batches, train, faults, watch, request, saver, progress, readings, profile)
         meter = Meter(train.global_batch, train.max_steps, backend.clock, readings, world.device, peak_flops)
         training = _Training(parts, start, meter, lambda step: learning_rate(step, schedule, peak_lr, train.max_steps))

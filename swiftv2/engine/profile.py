@@ -1,7 +1,7 @@
 """Profiled steps: traces of the torch profiler with a range for each part of a step and each named module, and their summary.
 
     profile = Profile(config.train.profile, run, world, modules, finished=page)      # a recipe, for fit(profile=profile)
-    stack.enter_context(profile.telling(progress.note, backend.clock))              # the loop, once; profile or Profile()
+    stack.enter_context(profile.telling(progress.note, backend.clock, watch.at))    # the loop, once; profile or Profile()
     profile.begin(step)              # before the meter's begin: starting the profiler takes a while
     with clock.part("forward"):      # parts of the clock are ranges of the trace, while one is recorded
         ...
@@ -74,6 +74,7 @@ class Profile:
         self._modules = dict(modules or {})
         self._note: Callable[[str], None] = lambda _: None
         self._clock: Clock | None = None
+        self._at: Callable[[int, str], None] = lambda *_: None
         self._running = False
         self._profiler: torch.profiler.profile | None = None
         self._hooks: list[RemovableHandle] = []
@@ -83,9 +84,17 @@ class Profile:
         self._counted, self._began = 0, 0.0
         self._problem: str | None = None
 
-    def telling(self, note: Callable[[str], None], clock: Clock | None = None) -> Self:
-        """This profile, which says through `note` what it does, and hears from the clock what part of a step is entered."""
-        self._note, self._clock = note, clock
+    def telling(
+        self, note: Callable[[str], None], clock: Clock | None = None, at: Callable[[int, str], None] = lambda *_: None
+    ) -> Self:
+        """This profile, once it knows whom to tell.
+
+        Args:
+            note: says in a line what it does.
+            clock: tells it what part of a step is entered.
+            at: is told the step, and that this takes as long as a save may.
+        """
+        self._note, self._clock, self._at = note, clock, at
         return self
 
     @property
@@ -192,6 +201,7 @@ class Profile:
 
     def _write(self) -> None:
         """Write this rank's trace, the summary of all ranks and what `finished` makes (collective)."""
+        self._at(max(self._done), "save")
         run, world, profiler = _known(self._run), _known(self._world), self._stop()
         folder = run.path / FOLDER / f"attempt_{run.attempt}"
         summary = None

@@ -33,7 +33,8 @@ _OF_THE_HOST = {"user_annotation", "cpu_op", "cuda_runtime", "cuda_driver"}
 _OF_THE_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 _LONG_GAP = 100.0
 """Microseconds from which a gap between kernels is counted."""
-_MOST_BYTES = 2**30
+_MOST_BYTES = 2**29
+"""Of a trace that is summed up: two million events, a minute or two."""
 _TOP = 40
 _KINDS = (
     ("communication", r"nccl|gloo|c10d::|all_?reduce|all_?gather|reduce_?scatter|broadcast_coalesced"),

@@ -194,7 +194,9 @@ def test_backward_passes_belong_to_the_module_of_their_forward_pass(tmp_path: Pa
     parts = {"norm": Normed(), "product": Recomputed(), "attention": Attended()}
     run, clock = RunDirectory(tmp_path, 1, ALONE, None), Clock(torch.device("cpu"))
     x = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    with Profile("steps:1-2", run, ALONE, parts).telling(lambda _: None, clock) as profile:
+    long: list[tuple[int, str]] = []
+    profile = Profile("steps:1-2", run, ALONE, parts).telling(lambda _: None, clock, lambda *place: long.append(place))
+    with profile:
         for step in (1, 2):
             profile.begin(step)
             assert profile.profiled
@@ -208,6 +210,7 @@ def test_backward_passes_belong_to_the_module_of_their_forward_pass(tmp_path: Pa
             profile.end(step)
     assert not profile.profiled
     assert clock.ranges is None
+    assert long == [(2, "save")]
     told = _summary(tmp_path / "profile" / "attempt_1")["ranks"]["0"]
     assert _where(told, "normalisation") == {("norm", "forward"), ("norm", "backward")}
     assert _where(told, "matrix products") == {("product", "forward"), ("product", "backward")}
