@@ -1,7 +1,6 @@
 """`swiftv2 report`: what it writes where, what it says, and that a run in any state has a page."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -122,9 +121,9 @@ def test_a_very_long_path_and_an_odd_name(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.slow
 def test_a_hundred_thousand_steps_take_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", steps=100_000)
-    began = time.perf_counter()
+    began = time.process_time()
     told = answers(capsys, str(run))
-    assert time.perf_counter() - began < 10 * (1 + os.getloadavg()[0] / 2)
+    assert time.process_time() - began < 10
     assert told["bytes"] < 8e6
 
 
