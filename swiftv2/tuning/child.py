@@ -151,8 +151,8 @@ class Child:
         started = any(row["event"] == "start" for row in new)
         if status in {1, _USAGE} and not started and not self._told:
             return Ended("failed", reason=self._complaint() or f"exit status {status}: see {self.log}")
-        # Told by this worker, by Slurm, or by the clock of its job, before it began or while it ran.
-        if self._told or any(row["event"] == "stopped" for row in new) or (status == STOPPED_EARLY and not started):
+        # Told by this worker, by Slurm, or by the clock of its job: before it began, while it ran, or while it was judged.
+        if self._told or status == STOPPED_EARLY or any(row["event"] == "stopped" for row in new):
             return Ended("stopped", reason=f"exit status {status}")
         ended = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
         return Ended("lost", reason=f"{self._complaint() or ended} (see {self.log})")
