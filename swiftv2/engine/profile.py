@@ -245,6 +245,8 @@ class Profile:
         with tempfile.TemporaryDirectory() as folder:
             plain = Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(plain))
+            if not plain.is_file():
+                raise SwiftError(f"the profiler cannot write to {tempfile.gettempdir()}: make room there, or set TMPDIR")
             try:
                 with named(path), plain.open("rb") as source, gzip.open(beside, "wb", compresslevel=5) as target:
                     shutil.copyfileobj(source, target, 2**20)
