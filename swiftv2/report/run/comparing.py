@@ -12,6 +12,8 @@ from swiftv2.report.run.verdict import verdicts
 from swiftv2.report.run.words import section, short
 
 _MOST_SETTINGS = 60
+_ABSENT = "\u2013"
+"""Of a setting that a run does not have."""
 
 
 def comparing_section(runs: Sequence[Run]) -> Element:
@@ -73,13 +75,14 @@ def _settings(runs: Sequence[Run]) -> list[Element]:
     keys = [
         key
         for key in dict.fromkeys(key for tree in trees for key in tree)
-        if len({json_like(tree.get(key)) for tree in trees}) > 1
+        if len({json_like(tree.get(key, _ABSENT)) for tree in trees}) > 1
     ]
     if not keys:
         return [element("p", "None.")]
     shown = keys[:_MOST_SETTINGS]
     rows: list[list[Cell]] = [
-        [element("code", key, kind="key"), *(element("code", json_like(tree.get(key))) for tree in trees)] for key in shown
+        [element("code", key, kind="key"), *(element("code", json_like(tree.get(key, _ABSENT))) for tree in trees)]
+        for key in shown
     ]
     table = tabled(("setting", *(run.name for run in runs)), rows, label="settings that differ between runs")
     more = len(keys) - len(shown)

@@ -40,7 +40,7 @@ LEARNING = (
         "loss",
         "Training loss",
         "loss",
-        "Each step sees other clips, so the thin line is noisy; the thick one is the mean of its neighbours.",
+        "Each step sees other clips, which makes it noisy.",
         True,
         True,
     ),
@@ -180,7 +180,7 @@ def _validation(runs: Sequence[Run]) -> Element | None:
         for run in runs
         for row in run.metrics
         for key in row
-        if key.startswith("val/") and key not in {"val/loss", "val/select"}
+        if key.startswith("val/") and key not in {"val/loss", "val/select"} and not key.endswith("/loss")
     )
     if not keys:
         return None
@@ -198,12 +198,12 @@ def _points(
 ) -> Element | None:
     traces, told = [], []
     for run, colour in zip(runs, _colours(runs), strict=True):
-        for place, (key, name) in enumerate(keys.items()):
+        there = [(key, name) for key, name in keys.items() if run.series(key)[0]]
+        for place, (key, name) in enumerate(there):
             series = run.series(key)
-            if not series[0]:
-                continue
             x, y, _ = thinned(series)
-            shown = colour if len(runs) > 1 or place == 0 else QUIET
+            # Baselines stand back; metrics of a task are equals.
+            shown = QUIET if place and level is not None else COLOURS[place % len(COLOURS)] if len(runs) == 1 else colour
             label = plain(run.name) + (f", {name}" if len(keys) > 1 and place else "") if len(runs) > 1 else name
             dash = "solid" if place == 0 else ("dash", "dot", "dashdot")[(place - 1) % 3]
             traces.append(

@@ -112,7 +112,7 @@ def _sections(run: Run, *, alone: bool) -> list[Element | None]:
 def _other(name: str, run: Run) -> Element | None:
     try:
         module = importlib.import_module(f"swiftv2.report.run.{name}")
-    except ModuleNotFoundError:
+    except ImportError:
         return None
     made: Section = getattr(module, f"{name}_section")
     return _guarded(made, run)
@@ -121,7 +121,7 @@ def _other(name: str, run: Run) -> Element | None:
 def _profile(run: Run) -> Element | None:
     try:
         module = importlib.import_module("swiftv2.report.profile")
-    except ModuleNotFoundError:
+    except ImportError:
         return None
     made: Section = module.profile_section
     return _guarded(made, run)

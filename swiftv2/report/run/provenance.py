@@ -43,6 +43,7 @@ def provenance_section(run: Run) -> Element:
     parts += [element("h3", "Code and machines"), facts(_machines(run))]
     attempts = _attempts(run)
     parts += [attempts] if attempts is not None else []
+    parts += _trackers(run)
     parts += _commands(run)
     settings = yaml.safe_dump(dict(run.settings), sort_keys=False) if run.settings else "config.yaml cannot be read\n"
     parts.append(element("details", element("summary", "The whole configuration"), element("pre", settings, tabindex="0")))
@@ -89,7 +90,7 @@ def preset_of(run: Run) -> Preset | None:
 
 def json_like(value: Any) -> str:
     """A value as one word of YAML."""
-    return str(yaml.safe_dump(value, default_flow_style=True, width=10**9)).removesuffix("...\n").strip()
+    return str(yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)).removesuffix("...\n").strip()
 
 
 def _file(name: str, run: Run) -> Path | None:
@@ -193,6 +194,22 @@ def _attempts(run: Run) -> Element | None:
     ]
     note = [element("p", f"Changed on the way: {'; '.join(changed)}.")] if changed else []
     return element("div", element("h3", counted(len(starts), "attempt")), table, *note)
+
+
+def _trackers(run: Run) -> list[Element]:
+    """Where else its numbers went, and whether all of them arrived."""
+    told = run.document("trackers.json")
+    trackers = _mapping((told or {}).get("trackers"))
+    if not trackers:
+        return []
+    rows: list[list[Cell]] = []
+    for name, one in trackers.items():
+        get = _mapping(one).get
+        numbers = [str(get(key, "")) for key in ("sent", "dropped", "errors")]
+        rows.append([name, str(get("mode", "")), *numbers, str(get("problem") or "")])
+    table = tabled(("tracker", "mode", "sent", "dropped", "errors", "last problem"), rows, label="trackers")
+    note = element("p", "The run calls itself ", element("code", str((told or {}).get("id", ""))), " there.", kind="quiet")
+    return [element("h3", "Trackers"), note, table]
 
 
 def _commands(run: Run) -> list[Content]:
