@@ -48,6 +48,13 @@ _PHASES = {
 _SMALL = 0.005
 """Share of a step below which a bar is left out: its row is in the table."""
 _MUCH_LONGER = 1.5
+_BESIDE = {
+    "data": "waiting for data",
+    "communication": "communication",
+    "copy": "waiting for copies",
+    "optimizer": "the optimizer",
+}
+"""Phases that no range of the model holds."""
 _STYLE = """
 .profile-bar { display: flex; height: 1.3rem; border-radius: .2rem; overflow: hidden; background: var(--rule);
   margin: .15rem 0; }
@@ -111,13 +118,15 @@ def sentence(summary: Tree) -> str:
             f"{_percent(one, rank.whole)} in {other}" for other, one in others[:2] if one > rank.whole / 10
         )
         parts += [f"{share} {_percent(most, seconds)}", *([next_to_it] if next_to_it else [])]
-    waits = f"waiting for data is {_percent(phases.get('data', 0.0), rank.step)} of a step"
-    also = [
-        f"{words} {_percent(phases[phase], rank.step)}"
-        for phase, words in (("communication", "communication"), ("copy", "waiting for copies"), ("optimizer", "the optimizer"))
-        if phases.get(phase, 0.0) >= _SMALL * rank.step
-    ]
-    return "; ".join([*parts, ", ".join([waits, *also])]) + "."
+    beside = {words: phases.get(phase, 0.0) for phase, words in _BESIDE.items()}
+    first = next(iter(ranges.values()), 0.0) / rank.whole
+    longest = max(beside, key=lambda words: beside[words])
+    leads = beside[longest] / rank.step > first
+    (words, seconds), *others = sorted(beside.items(), key=lambda one: -one[1]) if leads else beside.items()
+    also = [f"{other} {_percent(one, rank.step)}" for other, one in others if one >= _SMALL * rank.step]
+    waits = ", ".join([f"{words} is {_percent(seconds, rank.step)} of a step", *also])
+    said = "; ".join([waits, *parts] if leads else [*parts, waits])
+    return said[0].upper() + said[1:] + "."
 
 
 def slowdown(summary: Tree) -> tuple[float, str]:
@@ -130,7 +139,7 @@ def slowdown(summary: Tree) -> tuple[float, str]:
     ratio = median / float(others)
     return ratio, (
         f"A profiled step took {_seconds(median)} in the median, {ratio:.2f} times the {_seconds(float(others))} of "
-        f"the {summary['other_steps']} steps before: trust shares more than seconds; small operators look longer than they are."
+        f"{_before(int(summary['other_steps']))}: trust shares more than seconds; small operators look longer than they are."
     )
 
 
@@ -462,6 +471,10 @@ def _attempt(path: Path) -> int:
 def _percent(part: float, whole: float) -> str:
     share = 100 * float(part) / whole if whole else 0.0
     return f"{share:.0f} %" if share >= 9.95 or share == 0 else f"{share:.1f} %"
+
+
+def _before(steps: int) -> str:
+    return "the step before" if steps == 1 else f"the {steps} steps before"
 
 
 def _unbroken(text: str) -> str:
