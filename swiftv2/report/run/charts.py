@@ -59,9 +59,12 @@ SCRIPT = r"""
     layout.legend = { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 }, ...given.legend };
     for (const name of Object.keys({ xaxis: 0, yaxis: 0, ...given })) if (/^[xy]axis\d*$/.test(name))
       layout[name] = axis(given[name]);
-    const narrow = plot.clientWidth < 520 && own.data.length > 1 && layout.showlegend;
+    const curves = layout.showlegend ? own.data.filter(trace => trace.showlegend !== false).length : 0;
+    plot.dataset.height ??= given.height ?? plot.clientHeight;
     // A legend of one column takes a line for each curve.
-    if (narrow && given.height) plot.style.height = (layout.height = given.height + 14 * own.data.length) + "px";
+    const extra = plot.clientWidth < 520 && curves > 2 ? 19 * curves : 0;
+    layout.height = Number(plot.dataset.height) + extra;
+    plot.style.height = layout.height + "px";
     if (plot.dataset.log === "true") layout.yaxis.type = "log";
     const range = ranges[plot.dataset.steps];
     if (range) { layout.xaxis.range = range.slice(); layout.xaxis.autorange = false; }

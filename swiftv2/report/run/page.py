@@ -51,7 +51,7 @@ summary { cursor: pointer; } details.run { border-top: 1px solid var(--rule); ma
 details.run > summary { font-size: 1.3rem; font-weight: 600; } a:focus-visible, button:focus-visible, summary:focus-visible,
 [tabindex]:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 footer { margin-top: 3rem; font-size: .85rem; }
-td code { overflow-wrap: anywhere; } td code.key { white-space: nowrap; }
+td code { overflow-wrap: break-word; } td code.key { white-space: nowrap; }
 @media print { nav { display: none; } body { max-width: none; } .chart, .card { break-inside: avoid; } }
 """
 

@@ -219,8 +219,8 @@ def _commands(run: Run) -> list[Content]:
     if fresh is not None:
         git = run.environment.get("git")
         changed = isinstance(git, Mapping) and git.get("changed")
-        note = " The code had changes that were not committed, so it cannot be had back exactly." if changed else ""
-        parts += [element("p", f"From the beginning, in a new run directory:{note}"), *copied(f"fresh-{run.name}", fresh)]
+        note = "The code had changes that were not committed: it cannot be had back exactly. " if changed else ""
+        parts += [element("p", f"{note}From the beginning, in a new run directory:"), *copied(f"fresh-{run.name}", fresh)]
     if script is not None:
         parts += [
             element("p", "To go on with this run (", element("code", "resume.sh"), "):"),
