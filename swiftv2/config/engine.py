@@ -156,6 +156,8 @@ class EvaluateConfig(Config):
     """Clips that a rank evaluates at a time."""
     draw_subjects: bool = False
     """Whether pictures may show real subjects; generated data are always drawn."""
+    pictures: NonNegativeInt = 2
+    """Fixed held-out clips drawn at each evaluation, beside maps and means of cohorts; 0 writes none of these."""
 
 
 class RunConfig(Config):

@@ -6,19 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from swiftv2.config.pretrain import PretrainConfig
-from swiftv2.data.samples.batches import evaluation_batches
+from swiftv2.data.samples.batch import Batch
+from swiftv2.data.samples.batches import evaluated_clips, evaluation_batches
 from swiftv2.data.samples.masks import brain_ratio
+from swiftv2.data.samples.normalise import scaling
 from swiftv2.engine.collective import gather, on_first
 from swiftv2.engine.launch import World
 from swiftv2.errors import SwiftError
 from swiftv2.files import write_file
 from swiftv2.recipes.baselines import METHODS, MODEL, CohortScore, FluctuationScore, time_interpolation, visible_mean
 from swiftv2.recipes.data import Data
+from swiftv2.recipes.maps import VoxelSums
 from swiftv2.recipes.objective import Objective
+from swiftv2.recipes.pictures import Pictures
 
 REPORT = "evaluation.json"
 RUN_MEAN = "run_mean"
@@ -27,12 +33,13 @@ RUN_MEAN = "run_mean"
 class HeldOut:
     """Evaluates an objective on the clips of held-out subjects; called with the step, by all ranks.
 
-    Every call writes `evaluation.json` into the run directory and returns the values that are logged.
+    Every call writes `evaluation.json` and what is to be drawn into the run directory and returns the values that are logged.
     """
 
     def __init__(self, config: PretrainConfig, data: Data, objective: Objective, world: World, run_dir: Path) -> None:
         self.config, self.data = config, data
         self.objective, self.world, self.run_dir = objective, world, run_dir
+        self.pictures = Pictures(config, data, objective, world, run_dir) if config.evaluate.pictures else None
 
     def __call__(self, step: int, tick: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Score the model and both baselines on the held-out clips (collective).
@@ -44,7 +51,9 @@ class HeldOut:
         was_training = self.objective.training
         self.objective.eval()
         try:
-            loss, share, left_out, scores = self._score(tick)
+            loss, share, left_out, scores, sums = self._score(tick)
+            if self.pictures is not None and sums is not None:
+                self.pictures.write(step, loss, scores, sums)
         finally:
             self.objective.train(was_training)
         report = scores.report(self.config.run.seed)
@@ -81,13 +90,14 @@ class HeldOut:
         return {"packing/imbalance": max(one[0] for one in found) / mean, "packing/shapes": float(max(one[1] for one in found))}
 
     @torch.no_grad()
-    def _score(self, tick: Callable[[], None]) -> tuple[float, float, int, FluctuationScore]:
-        """Mean loss and hidden share of the brain over held-out clips, how many are of no use, sums for R2 (collective)."""
+    def _score(self, tick: Callable[[], None]) -> tuple[float, float, int, FluctuationScore, VoxelSums | None]:
+        """Mean loss and hidden share of the brain over held-out clips, how many are of no use, sums (collective)."""
         config, world = self.config, self.world
         # Per-voxel scaling hands the model each voxel's mean over the run: then that mean is a baseline too.
         knows_run_mean = config.data.normalisation.kind == "per_voxel" and config.data.normalisation.scope == "run"
         methods = (*METHODS, RUN_MEAN) if knows_run_mean else METHODS
         scores = FluctuationScore(self.data.table.cohort_of_subject, self.data.table.cohort_names, methods)
+        sums, first = self._sums(methods)
         total = torch.zeros(4, dtype=torch.float64)
         batches = evaluation_batches(
             self.data.store,
@@ -117,16 +127,41 @@ class HeldOut:
                 if RUN_MEAN in scores.methods:
                     predictions[RUN_MEAN] = torch.zeros_like(signal)
                 scores.update(predictions, signal, counted, batch.subject, batch.weight)
+                if sums is not None:
+                    sums.update(predictions, signal, counted, *_owners(cpu_batch, first), self._units(batch))
                 parts = (batch.weight, losses * batch.weight, brain_ratio(hidden, batch.brain) * batch.weight)
                 total[:3] += torch.stack([part.sum() for part in parts]).double().cpu()
             total[3] = len(batches.faults())
-        sums = torch.cat((total, scores.totals.flatten())).to(world.device)
+        together = torch.cat((total, scores.totals.flatten())).to(world.device)
         if world.size > 1:
-            dist.all_reduce(sums)
-        scores.totals = sums[4:].view_as(scores.totals).cpu()
-        if not sums[0]:
+            dist.all_reduce(together)
+        if sums is not None:
+            sums.reduce(world)
+        scores.totals = together[4:].view_as(scores.totals).cpu()
+        clips, lost, hidden_shares, unusable = together[:4].tolist()
+        if not clips:
             raise SwiftError("no held-out clip can be used: `swiftv2 store verify` tells what is damaged")
-        return float(sums[1] / sums[0]), float(sums[2] / sums[0]), int(sums[3]), scores
+        return lost / clips, hidden_shares / clips, int(unusable), scores, sums
+
+    def _sums(self, methods: tuple[str, ...]) -> tuple[VoxelSums | None, frozenset[int]]:
+        """Sums by voxel, where maps are wanted; the first evaluated clip of each subject, by which subjects are counted."""
+        if self.pictures is None:
+            return None, frozenset()
+        data = self.data
+        cohorts = sorted(set(data.table.cohort[data.heldout.run].tolist()))
+        clips = evaluated_clips(data.table, data.heldout, self.config.evaluate.max_clips, data.withdrawn_heldout)
+        _, places = np.unique(data.table.subject[data.heldout.run[clips]], return_index=True)
+        return VoxelSums(cohorts, len(data.store.voxels), methods, self.world.device), frozenset(clips[places].tolist())
+
+    def _units(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Spread and centre that bring normalised values back to source units, (B, 1, 1) or (B, 1, V) each."""
+        scale = scaling(batch, self.config.data.normalisation)
+        return torch.where(torch.isfinite(scale.spread) & (scale.spread > 0), scale.spread, 0.0), scale.centre
+
+
+def _owners(batch: Batch, first: frozenset[int]) -> tuple[list[int], list[float], list[bool]]:
+    """Of each clip: place of its cohort, its weight, and whether it stands for its subject."""
+    return batch.cohort.tolist(), batch.weight.tolist(), [clip in first for clip in batch.clip.tolist()]
 
 
 def _flat(group: str, score: CohortScore) -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""Reconstruction of one held-out clip, as arrays that the report draws: slices in three planes and time courses."""
+"""Reconstructions at each evaluation, as arrays that the report draws: fixed held-out clips, means and maps of cohorts."""
 
-import dataclasses
+import contextlib
 import io
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,118 +13,275 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from swiftv2.config.pretrain import PretrainConfig
+from swiftv2.data.grid import Grid
 from swiftv2.data.samples.batch import Batch
 from swiftv2.data.samples.batches import evaluation_batches
 from swiftv2.data.samples.normalise import scaling
-from swiftv2.data.store.reader import Store
+from swiftv2.engine.collective import on_first
+from swiftv2.engine.launch import World
+from swiftv2.errors import SwiftError
 from swiftv2.files import write_file
-from swiftv2.recipes.baselines import time_interpolation
+from swiftv2.recipes import maps
+from swiftv2.recipes.baselines import FluctuationScore, time_interpolation
 from swiftv2.recipes.data import Data
 from swiftv2.recipes.objective import Objective
+from swiftv2.report.reconstructions import INDEX, PLANES, best_of, file_of, folder_of, read_index
 
 Floats = NDArray[np.float32]
+Arrays = dict[str, NDArray[Any]]
 
-FILE = "reconstruction.npz"
-COURSES = 3
+KEPT = 8
+"""Evaluations whose arrays stay: the first, the best, the last, and others spread evenly between them."""
+BESIDE_MIDLINE_MM = 12.0
+"""The sagittal cut lies to the right of the midline, which shows mostly the gap between the hemispheres."""
 
 
-@torch.no_grad()
-def save_reconstruction(
-    config: PretrainConfig, data: Data, objective: Objective, device: torch.device, folder: Path
-) -> Path | None:
-    """Write `reconstruction.npz` for the first held-out clip; called by one rank.
-
-    Pictures show a brain: real subjects are drawn only where `evaluate.draw_subjects` says so, generated ones always.
+class Pictures:
+    """Writes what is drawn of each evaluation.
 
     Args:
-        config: the whole configuration.
+        config: of the run; `evaluate.pictures` clips are drawn.
         data: the store and its held-out clips.
-        objective: the trained objective.
-        device: where it lies.
-        folder: where the file goes.
-
-    Returns:
-        Path of the file; None where nothing may be drawn, or the clip cannot be used.
+        objective: that is evaluated.
+        world: of all ranks.
+        run_dir: where `figures/` stands.
     """
-    store, gone = data.store, data.withdrawn_heldout
-    if not (store.generated or config.evaluate.draw_subjects):
-        return None
-    with evaluation_batches(
-        store,
-        data.heldout,
-        config.mask,
-        config.data.normalisation,
-        seed=config.run.seed,
-        batch=1,
-        max_clips=1 + len(gone),
-        reading=data.reading(config.data, device),
-        left_out=gone,
-    ) as batches:
-        batch: Batch = next(iter(batches)).to(device)
-    if not batch.weight.any():
-        return None
-    objective.eval()
-    _, signal, reconstruction = objective.clip_losses(batch)
-    hidden = objective.hidden(batch)
-    interpolated = time_interpolation(signal, hidden, batch.brain)
-    scale = scaling(batch, config.data.normalisation)
-    brain = batch.brain[0].cpu().numpy()
-    true, made, guess = (_array(scale.to_source(x)[0]) for x in (signal, reconstruction, interpolated))
-    masked = hidden[0].cpu().numpy()
-    filled = np.where(masked, made, true)
-    frame = _frame_to_show(masked, brain)
-    box = _Box(store, brain)
-    mean = true.mean(0)
-    arrays: dict[str, NDArray[Any]] = {}
-    for plane in box.planes:
-        for name, values in (("original", true[frame]), ("reconstructed", filled[frame])):
-            arrays[f"volume_{name}_{plane}"] = box.cut(values, plane)
-            arrays[f"fluctuation_{name}_{plane}"] = box.cut(values - mean, plane)
-        # Infinity stands for hidden, NaN for no brain: the figure gives each a colour of its own.
-        seen = np.where(masked[frame], np.inf, true[frame])
-        arrays[f"volume_masked_{plane}"] = box.cut(seen, plane)
-        arrays[f"fluctuation_masked_{plane}"] = box.cut(seen - mean, plane)
-    chosen = _voxels_to_show(true, masked, brain)
-    arrays |= {
-        "seconds": np.arange(config.clip.frames) * float(batch.tr[0]) * config.clip.stride_within,
-        "frame": np.array(frame),
-        "course_true": true[:, chosen].T,
-        "course_reconstructed": made[:, chosen].T,
-        "course_interpolated": guess[:, chosen].T,
-        "course_masked": masked[:, chosen].T,
-        "course_mm": store.grid.world(np.asarray(store.voxels)[chosen]),
-    }
-    path = folder / FILE
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # keywords are arrays, allow_pickle is not given
-    write_file(path, buffer.getvalue())
-    return path
+
+    def __init__(self, config: PretrainConfig, data: Data, objective: Objective, world: World, run_dir: Path) -> None:
+        self.config, self.data, self.objective, self.world, self.run_dir = config, data, objective, world, run_dir
+
+    def write(self, step: int, loss: float, scores: FluctuationScore, sums: maps.VoxelSums) -> None:
+        """Draw the fixed clips, and write all under `figures/` (collective); the objective is in evaluation mode.
+
+        Args:
+            step: of the run.
+            loss: held-out; the lowest is the best.
+            scores: of all ranks: they tell the subjects of each cohort.
+            sums: by voxel, of all ranks.
+
+        Raises:
+            SwiftError: on every rank, where rank 0 cannot read or write.
+        """
+        on_first(lambda: self._write(step, loss, scores, sums), self.world)
+
+    def _write(self, step: int, loss: float, scores: FluctuationScore, sums: maps.VoxelSums) -> None:
+        store, settings = self.data.store, self.config.evaluate
+        single = store.generated or settings.draw_subjects
+        arrays: Arrays = {}
+        drawn: list[dict[str, Any]] = []
+        notes: list[str] = []
+        if single:
+            self._add_clips(arrays, drawn, notes)
+        else:
+            notes.append("clips of real subjects are drawn only with evaluate.draw_subjects=true")
+        written = self._add_cohorts((scores, sums), arrays, drawn, notes, means=not single)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # keywords are arrays, allow_pickle is not given
+        folder = folder_of(self.run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = f"step_{step:09d}.npz"
+        write_file(folder / file, buffer.getvalue())
+        entry = {"step": step, "loss": loss if np.isfinite(loss) else None, "file": file}
+        steps = _kept([*_former(self.run_dir, step), entry])
+        grid = store.grid
+        content = {
+            "steps": steps,
+            "drawn": drawn,
+            "maps": written,
+            "notes": notes,
+            "generated": store.generated,
+            "grid": {"shape": list(grid.shape), "orientation": grid.orientation, "space": grid.space},
+            "voxel_mm": list(grid.voxel_mm),
+        }
+        write_file(folder / INDEX, json.dumps(content, indent=1) + "\n")
+        names = {one["file"] for one in steps}
+        for path in folder.glob("step_*.npz"):
+            if path.name not in names:
+                path.unlink()
+
+    @torch.no_grad()
+    def _add_clips(self, arrays: Arrays, drawn: list[dict[str, Any]], notes: list[str]) -> None:
+        """The fixed clips, computed anew by rank 0: so they are the same however many clips and ranks there are."""
+        config, data, gone = self.config, self.data, self.data.withdrawn_heldout
+        batches = evaluation_batches(
+            data.store,
+            data.heldout,
+            config.mask,
+            config.data.normalisation,
+            seed=config.run.seed,
+            batch=1,
+            max_clips=config.evaluate.pictures,
+            reading=data.reading(config.data, self.world.device),
+            left_out=gone,
+        )
+        with batches:
+            for number, one in enumerate(batches, 1):
+                if not one.weight.any():
+                    notes.append(f"clip {number} cannot be used and is not drawn")
+                    continue
+                batch = one.to(self.world.device)
+                key, cohort = f"clip_{number}", data.table.cohort_names[int(one.cohort[0])]
+                found, facts = self._clip(batch)
+                arrays |= {f"{key}/{name}": values for name, values in found.items()}
+                tr, frame = float(one.tr[0]) * config.clip.stride_within, facts["frame"]
+                caption = f"Clip {number} ({cohort}), frame {frame + 1} of {len(found['seconds'])}"
+                drawn.append({"name": key, "kind": "clip", "cohort": cohort, "caption": caption, "tr": tr, **facts})
+
+    def _clip(self, batch: Batch) -> tuple[Arrays, dict[str, Any]]:
+        store = self.data.store
+        _, signal, reconstruction = self.objective.clip_losses(batch)
+        hidden = self.objective.hidden(batch)
+        interpolated = time_interpolation(signal, hidden, batch.brain)
+        scale = scaling(batch, self.config.data.normalisation)
+        brain = batch.brain[0].cpu().numpy()
+        true, made, guess = (_array(scale.to_source(x)[0]) for x in (signal, reconstruction, interpolated))
+        masked = hidden[0].cpu().numpy()
+        frame = _frame_to_show(masked, brain)
+        voxels = np.asarray(store.voxels)
+        cuts = Cuts(store.grid, voxels, brain)
+        shown = {"original": true[frame], "reconstructed": made[frame], "mean": true.mean(0)}
+        found: Arrays = {f"{name}_{plane}": cuts.cut(values, plane) for name, values in shown.items() for plane in PLANES}
+        found |= {f"hidden_{plane}": cuts.cut(masked[frame].astype(np.float32), plane) == 1 for plane in PLANES}
+        chosen = _voxels_to_show(true, masked, brain)
+        found |= {
+            "cut_mm": cuts.places_mm(),
+            "seconds": np.arange(len(true)) * float(batch.tr[0]) * self.config.clip.stride_within,
+            "course_true": true[:, chosen].T,
+            "course_reconstructed": made[:, chosen].T,
+            "course_interpolated": guess[:, chosen].T,
+            "course_hidden": masked[:, chosen].T,
+            "course_mm": store.grid.world(voxels[chosen]),
+        }
+        counted = masked & brain
+        moved = float(((true - true.mean(0))[counted].astype(np.float64) ** 2).sum())
+        r2 = {
+            name: _finite(1.0 - float(((one - true)[counted].astype(np.float64) ** 2).sum()) / moved) if moved else None
+            for name, one in (("model", made), ("time_interpolation", guess))
+        }
+        return found, {"frame": frame, "r2": r2}
+
+    def _add_cohorts(
+        self,
+        scored: tuple[FluctuationScore, maps.VoxelSums],
+        arrays: Arrays,
+        drawn: list[dict[str, Any]],
+        notes: list[str],
+        *,
+        means: bool,
+    ) -> list[dict[str, Any]]:
+        """Means of cohorts for the figure, and their maps as NIfTI; what was too little is noted."""
+        store, table = self.data.store, self.data.table
+        voxels = np.asarray(store.voxels)
+        fewest = 1 if store.generated else maps.FEWEST_SUBJECTS
+        names = maps.file_names(table.cohort_names)
+        folder = self.run_dir / "figures" / maps.FOLDER
+        written: list[dict[str, Any]] = []
+        scores, by_voxel = scored
+        evaluated = scores.totals[:, -1].numpy() > 0
+        for place in by_voxel.cohorts:
+            cohort = table.cohort_names[place]
+            subjects = int((evaluated & (scores.cohort_of_subject == place)).sum())
+            sums = by_voxel.cohort(place)
+            known = maps.shown(sums, fewest)
+            if subjects < fewest or not known.any():
+                if subjects < fewest:
+                    notes.append(f"{cohort}: nothing is drawn of {subjects} real held-out subjects, fewer than {fewest}")
+                else:
+                    need = f"{maps.FEWEST_VALUES} hidden values of {fewest} subjects"
+                    notes.append(f"{cohort}: nothing is drawn, since no voxel has {need}")
+                for kind in ("r2", "gain"):
+                    (folder / f"fluctuation_{_KINDS[kind]}_{names[cohort]}.nii.gz").unlink(missing_ok=True)
+                continue
+            r2 = maps.r2_map(sums, fewest)
+            entry: dict[str, Any] = {"cohort": cohort, "subjects": subjects, "baseline": r2.baseline}
+            for kind, values in (("r2", r2.r2), ("gain", r2.gain)):
+                path = folder / f"fluctuation_{_KINDS[kind]}_{names[cohort]}.nii.gz"
+                maps.write_map(path, values, store.grid, voxels)
+                entry[kind] = path.name
+            written.append(entry)
+            if means:
+                key = f"mean_{place}"
+                cuts = Cuts(store.grid, voxels, known)
+                found: Arrays = {f"{n}_{p}": cuts.cut(values, p) for n, values in _means(sums, known).items() for p in PLANES}
+                found["cut_mm"] = cuts.places_mm()
+                arrays |= {f"{key}/{name}": values for name, values in found.items()}
+                caption = f"Mean over {subjects} held-out subjects of {cohort}, hidden voxels only"
+                drawn.append({"name": key, "kind": "mean", "cohort": cohort, "caption": caption, "subjects": subjects})
+        return written
 
 
-@dataclasses.dataclass(frozen=True)
-class _Box:
-    """Cuts packed values into pictures whose first axis is left to right (or back to front) and whose second rises."""
+_KINDS = {"r2": "r2", "gain": "r2_gain"}
 
-    store: Store
-    brain: NDArray[np.bool_]
-    planes: tuple[str, ...] = ("sagittal", "coronal", "axial")
 
-    def cut(self, values: NDArray[Any], plane: str) -> NDArray[np.float32]:
-        """One slice through the middle of the brain's voxels, (columns, rows) float32, NaN where no brain is."""
-        grid, voxels = self.store.grid, np.asarray(self.store.voxels)
-        volume = np.full(grid.size, np.nan, dtype=np.float32)
-        volume[voxels[self.brain]] = values[self.brain]
-        axis = self.planes.index(plane)
-        places = grid.indices(voxels[self.brain])
-        middle = int(np.median(places[:, axis]))
-        # A little beside the midline: the sagittal cut through it shows mostly the gap between the hemispheres.
-        place = middle + (round(12.0 / grid.voxel_mm[0]) if plane == "sagittal" else 0)
-        picture: Floats = np.take(volume.reshape(grid.shape), [place], axis=axis).squeeze(axis)
-        low, high = places.min(0), places.max(0) + 1
-        others = [i for i in range(3) if i != axis]
-        picture = picture[low[others[0]] : high[others[0]], low[others[1]] : high[others[1]]]
+class Cuts:
+    """Cuts packed values into pictures whose first axis is left to right (or back to front) and whose second rises.
+
+    Args:
+        grid: of the store.
+        voxels: (V,) flat numbers of the kept voxels.
+        brain: (V,) bool: those that are shown.
+    """
+
+    def __init__(self, grid: Grid, voxels: NDArray[Any], brain: NDArray[np.bool_]) -> None:
+        self.grid, self.voxels, self.brain = grid, voxels, brain
+        places = grid.indices(voxels[brain])
+        self.low, self.high = places.min(0), places.max(0) + 1
+        self.at = np.median(places, axis=0).astype(np.int64)
+        to_right = -1 if grid.orientation[0] == "L" else 1
+        beside = self.at[0] + to_right * round(BESIDE_MIDLINE_MM / grid.voxel_mm[0])
+        self.at[0] = np.clip(beside, self.low[0], self.high[0] - 1)
+
+    def cut(self, values: NDArray[Any], plane: str) -> Floats:
+        """One slice (columns, rows) float32, NaN where no brain is."""
+        volume = np.full(self.grid.size, np.nan, dtype=np.float32)
+        volume[self.voxels[self.brain]] = values[self.brain]
+        axis = PLANES.index(plane)
+        picture = np.take(volume.reshape(self.grid.shape), self.at[axis], axis=axis)
+        one, other = (i for i in range(3) if i != axis)
+        picture = picture[self.low[one] : self.high[one], self.low[other] : self.high[other]]
         # Left on the left, whatever the order of the store.
-        return picture[::-1] if plane != "sagittal" and grid.orientation[0] == "L" else picture
+        flipped = plane != "sagittal" and self.grid.orientation[0] == "L"
+        return np.ascontiguousarray(picture[::-1] if flipped else picture)
+
+    def places_mm(self) -> NDArray[np.float64]:
+        """World coordinates (3,) of the planes: x of the sagittal, y of the coronal, z of the axial one."""
+        flat = np.ravel_multi_index(tuple(self.at), self.grid.shape)
+        return np.asarray(self.grid.world(np.array([flat]))[0])
+
+
+def _means(sums: Mapping[str, maps.Doubles], known: NDArray[np.bool_]) -> dict[str, maps.Doubles]:
+    """A cohort's means over all hidden values of each voxel (V,), in source units."""
+    number = np.where(known, sums["values"], 1.0)
+    return {
+        "measured": sums["measured"] / number,
+        "reconstructed": sums["reconstructed"] / number,
+        "error": np.sqrt(sums["error"] / number),
+        "fluctuation": np.sqrt(sums["fluctuation"] / number),
+        "moved": np.sqrt(sums["moved"] / number),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def _former(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    """Earlier evaluations whose arrays are there; those of a later step belong to an attempt that is done again."""
+    # A damaged index costs the pictures of former steps, never the run.
+    with contextlib.suppress(SwiftError):
+        steps = (read_index(run_dir) or {"steps": []})["steps"]
+        return [one for one in steps if one["step"] < step and file_of(run_dir, one["step"]).is_file()]
+    return []
+
+
+def _kept(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most `KEPT` of them: the first, the best and the last stay, the others as evenly spread as can be."""
+    left = sorted(steps, key=lambda one: one["step"])
+    best = left[best_of(left)]
+    while len(left) > KEPT:
+        free = [i for i in range(1, len(left) - 1) if left[i] is not best]
+        del left[min(free, key=lambda i: left[i + 1]["step"] - left[i - 1]["step"])]
+    return left
 
 
 def _array(x: Tensor) -> Floats:

@@ -30,12 +30,12 @@ from swiftv2.models.blocks import compile_blocks
 from swiftv2.models.geometry import patches_with_brain
 from swiftv2.plan.machines import find_gpu
 from swiftv2.recipes.branch import find_branch
-from swiftv2.recipes.data import Data, open_data
+from swiftv2.recipes.data import Data, open_data, sheet_of
+from swiftv2.recipes.datasheet import write_data_sheet
 from swiftv2.recipes.evaluate import HeldOut
 from swiftv2.recipes.exclusions import EXCLUSIONS, read_exclusions, write_exclusions
 from swiftv2.recipes.export import contract_of, write_contract
 from swiftv2.recipes.objective import Objective, template_mask
-from swiftv2.recipes.pictures import save_reconstruction
 from swiftv2.recipes.profiling import profile_of
 from swiftv2.recipes.stream import DeviceStream
 from swiftv2.report.figures import draw_run
@@ -81,6 +81,7 @@ def pretrain(config: PretrainConfig) -> FitResult:
             if config.model.packing == "template":
                 run.event("packing", places_kept=float(objective.simmim.encoder.template.float().mean()))
             on_first(lambda: write_contract(run.path, config, data), world)
+            on_first(lambda: write_data_sheet(run.path, sheet_of(config, data)), world)
             objective.count()
             if config.engine.compile:
                 compile_blocks(objective, varying=config.model.packing == "subject" or config.objective == "visible_only")
@@ -115,7 +116,7 @@ def pretrain(config: PretrainConfig) -> FitResult:
             )
             if not result.stopped_early:
                 watch.at(result.step, "finish")
-                on_first(lambda: _finish(config, data, objective, world, run), world)
+                on_first(lambda: _finish(run), world)
             backend.close()
             return result
     finally:
@@ -231,8 +232,7 @@ def _peak_flops(config: PretrainConfig, world: World) -> float | None:
     return world.size * (device.peak_bf16_flops if config.engine.precision == "bf16" else device.peak_fp32_flops)
 
 
-def _finish(config: PretrainConfig, data: Data, objective: Objective, world: World, run: RunDirectory) -> None:
-    """Leave the card for exported weights, the pictures and the figure (rank 0)."""
-    save_reconstruction(config, data, objective, world.device, run.path / "figures")
+def _finish(run: RunDirectory) -> None:
+    """Leave the figure (rank 0)."""
     figure = draw_run(run.path)
     run.event("figure", path=figure.name)

@@ -140,7 +140,7 @@ def test_a_run_leaves_all_that_the_contract_names_and_exports_its_weights(
     assert {"manifest.json", "trainer.json", "state", "deepspeed"} <= {p.name for p in checkpoint.iterdir()}
     # Real subjects are not drawn unasked: the figure shows numbers only.
     assert (run / "figures" / "pretraining.png").is_file()
-    assert not (run / "figures" / "reconstruction.npz").exists()
+    assert json.loads((run / "figures/reconstructions/index.json").read_text())["drawn"] == []
 
     listed = swiftv2_run(["checkpoint", "list", str(run), "--json"])
     assert [c["step"] for c in json.loads(listed.stdout)["checkpoints"]] == [2, 4, 6, 8]

@@ -277,6 +277,12 @@ class BatchReader(Prefetcher):
         return True
 
 
+def evaluated_clips(table: RunTable, clips: ClipIndex, max_clips: int | None, left_out: Collection[int] = ()) -> Integers:
+    """Clips of an evaluation, ascending (clips,) ids: `max_clips` at most, spread evenly over subjects."""
+    usable = np.setdiff1d(np.arange(len(clips)), np.fromiter(left_out, dtype=np.int64, count=len(left_out)))
+    return usable[spread_clips(table.subject[clips.run[usable]], max_clips)]
+
+
 def evaluation_batches(
     source: RunSource,
     clips: ClipIndex,
@@ -313,8 +319,7 @@ def evaluation_batches(
         An iterator of batches, to be closed (or used as a context manager).
     """
     table = reading.table or RunTable(source.runs)
-    usable = np.setdiff1d(np.arange(len(clips)), np.fromiter(left_out, dtype=np.int64, count=len(left_out)))
-    chosen = usable[spread_clips(table.subject[clips.run[usable]], max_clips)]
+    chosen = evaluated_clips(table, clips, max_clips, left_out)
     slots = -(-len(chosen) // world_size)
     places = rank + world_size * np.arange(slots)
     weight = (places < len(chosen)).astype(np.float32)
