@@ -52,6 +52,19 @@ def test_without_an_evaluation_nothing_is_claimed(tmp_path: Path) -> None:
     assert "step 100" in found.says
 
 
+@pytest.mark.parametrize(
+    ("low", "word"), [(0.55, "yes"), (0.45, "not shown"), (None, "cannot be told")], ids=["above", "around", "no interval"]
+)
+def test_a_task_counts_as_learned_where_the_interval_lies_above_chance(low: float | None, word: str, tmp_path: Path) -> None:
+    metrics = {"auroc": {"value": 0.7, "low": low, "high": 0.9}, "loss": {"value": 1.0, "low": 0.9, "high": 1.1}}
+    target = {"kind": "classification", "classes": ["0", "1"], "test": {"n": 40, "metrics": metrics}}
+    made = [{**row, "val/select": 1 / row["step"]} for row in rows(30)]
+    lines = "".join(json.dumps(row) + "\n" for row in made)
+    found = judged(tmp_path, learned, result_json={"targets": {"age": target}}, metrics_jsonl=lines)
+    assert found.word == word
+    assert "age: auroc 0.700 on test subjects, chance 0.5" in found.says
+
+
 def event(kind: str, step: int, **values: Any) -> str:
     return json.dumps({"step": step, "attempt": 1, "time": BEGAN + step, "event": kind, **values}) + "\n"
 

@@ -6,6 +6,7 @@ from xml.etree.ElementTree import Element
 
 from swiftv2.errors import SwiftError
 from swiftv2.report.markup import Content, document, element, warned
+from swiftv2.report.profile import profile_section
 from swiftv2.report.run import charts
 from swiftv2.report.run.comparing import comparing_section
 from swiftv2.report.run.curves import curves_section
@@ -100,7 +101,7 @@ def _sections(run: Run, *, alone: bool) -> list[Element | None]:
         _other("pictures", run),
         curves_section([run]) if alone else None,
         throughput_section([run]),
-        _profile(run),
+        _guarded(profile_section, run),
         _other("datasheet", run),
         _other("overlap", run),
         _other("downstream", run),
@@ -112,18 +113,9 @@ def _sections(run: Run, *, alone: bool) -> list[Element | None]:
 def _other(name: str, run: Run) -> Element | None:
     try:
         module = importlib.import_module(f"swiftv2.report.run.{name}")
-    except ImportError:
+    except (ImportError, SyntaxError):
         return None
     made: Section = getattr(module, f"{name}_section")
-    return _guarded(made, run)
-
-
-def _profile(run: Run) -> Element | None:
-    try:
-        module = importlib.import_module("swiftv2.report.profile")
-    except ImportError:
-        return None
-    made: Section = module.profile_section
     return _guarded(made, run)
 
 

@@ -9,6 +9,7 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
+from swiftv2.errors import SwiftError
 from swiftv2.report.markup import element, listed
 from swiftv2.report.run.reading import Run
 from swiftv2.report.run.words import counted, duration, listing, method
@@ -154,9 +155,38 @@ def _finetuned(run: Run) -> Verdict:
     says = f"On validation subjects step {steps[best]:,} of {steps[-1]:,} is the best so far."
     if not (run.path / "result.json").is_file():
         return Verdict(asks, "unknown", "still training", f"{says} Test subjects are predicted once, at the end.")
-    return Verdict(
-        asks, "unknown", "see its result", f"{says} What it came to on test subjects stands below, against baselines."
-    )
+    try:
+        result = run.document("result.json") or {}
+        told = [_beyond_chance(name, target) for name, target in result["targets"].items()]
+    except (SwiftError, KeyError, TypeError, AttributeError):
+        return Verdict(asks, "unknown", "cannot be told", f"{says} Its result cannot be read.")
+    figures = "; ".join(text for text, _ in told)
+    beyond = [sure for _, sure in told]
+    if any(sure is None for sure in beyond):
+        return Verdict(asks, "unknown", "cannot be told", f"{figures}. Without an interval nothing is shown.")
+    if all(beyond):
+        return Verdict(asks, "good", "yes", f"{figures}: beyond chance.")
+    word = "in part" if any(beyond) else "not shown"
+    return Verdict(asks, "look", word, f"{figures}. An interval that holds chance shows nothing.")
+
+
+def _beyond_chance(name: str, target: Mapping[str, Any]) -> tuple[str, bool | None]:
+    """A target's main metric on test subjects (validation subjects where no test was asked for); whether it beats chance.
+
+    That goes by its interval; None where it has none.
+    """
+    part = "test" if "test" in target else "val"
+    metrics, classes = target[part]["metrics"], target.get("classes") or ()
+    chances = {"auroc": 0.5, "balanced_accuracy": 1 / max(2, len(classes)), "r2": 0.0}
+    metric = next((key for key in chances if key in metrics), None)
+    if metric is None:
+        return f"{name}: no metric that has a chance level", None
+    found, chance = metrics[metric], chances[metric]
+    where = "test" if part == "test" else "validation"
+    text = f"{name}: {metric.replace('_', ' ')} {found['value']:.3f} on {where} subjects, chance {chance:.3g}"
+    if found.get("low") is None:
+        return f"{text}, no interval", None
+    return f"{text}, 95 % interval {found['low']:.3f} to {found['high']:.3f}", bool(found["low"] > chance)
 
 
 _BAD = {
