@@ -24,6 +24,7 @@ from swiftv2.data.store.reader import Store
 from swiftv2.engine.place import find_place
 from swiftv2.errors import SwiftError, UsageError
 from swiftv2.files import read_json
+from swiftv2.recipes.datasheet import Part, data_sheet
 
 CONTRACT = "contract.json"
 """What a run directory keeps of its data."""
@@ -164,6 +165,18 @@ def open_data(config: PretrainConfig, run_dir: Path | None = None) -> Data:
             raise SwiftError(f"{run_dir}: all its {part} subjects were withdrawn since it was begun: begin another run.dir")
     absence = Absence(f"rank {find_place(os.environ).rank}: store {store.path}")
     return Data(store, version, splits, train, heldout, table, mixture, gone[0], gone[1], absence)
+
+
+def sheet_of(config: PretrainConfig, data: Data) -> dict[str, Any]:
+    """The data sheet of a pretraining run."""
+    try:
+        families = _families(data.store)
+    except SwiftError:
+        families = {}  # Labels may be out of reach here: then the sheet says that families are not known.
+    splits = data.splits
+    held = {config.evaluate.split: data.heldout, "train": data.train}
+    parts = [Part(name, getattr(splits, name), held.get(name)) for name in ("train", "val", "test")]
+    return data_sheet(data.store, parts, families, config.clip)
 
 
 def begun(run_dir: Path | None, store: Store) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from swiftv2.models import decay_names
 from swiftv2.models.regimes import learned_share, prepare, rates
 from swiftv2.models.swin4d import Swin4D
 from swiftv2.recipes.data import CONTRACT
+from swiftv2.recipes.datasheet import Part, data_sheet, write_data_sheet
 from swiftv2.recipes.export import hashes_of, input_contract
 from swiftv2.recipes.judge import SELECT, Judge
 from swiftv2.recipes.objective import template_mask
@@ -101,6 +103,8 @@ def finetune(config: FinetuneConfig) -> FitResult:
             run.event("data", **data.facts(), clips={"train": len(train.clips), "val": len(val.clips)})
             run.event("regime", regime=config.encoder.regime, learned_share_of_encoder=share)
             on_first(lambda: _write_contract(run.path, config, data, train), world)
+            cut = {"train": train, "val": val, "test": test}
+            on_first(lambda: write_data_sheet(run.path, _sheet(config, data, cut)), world)
             factors = {
                 f"predictor.{name}": rate for name, rate in rates(module.predictor, config.encoder, config.head.rate).items()
             }
@@ -147,6 +151,17 @@ def finetune(config: FinetuneConfig) -> FitResult:
             return result
     finally:
         launch.stop()
+
+
+def _sheet(config: FinetuneConfig, data: TaskData, cut: Mapping[str, TaskClips | None]) -> dict[str, Any]:
+    """What the run takes from the store, in counts."""
+    parts = []
+    for name, clips in cut.items():
+        runs = [] if clips is None else sorted(set(clips.clips.run.tolist()))
+        subjects = sorted({data.store.runs[index].subject for index in runs})
+        parts.append(Part(name, subjects, None if clips is None else clips.clips))
+    families = {unit.subject: unit.family for unit in data.units if unit.family}
+    return data_sheet(data.store, parts, families, config.task.clip, config.task.split.unit)
 
 
 def complete(config: FinetuneConfig, card: weights.Card | None) -> FinetuneConfig:
