@@ -136,7 +136,15 @@ def _map(run: Run, written: Mapping[str, Any]) -> Element:
             }
             cuts = _cuts(image, values)
             shown = plotting.plot_img(
-                image, cut_coords=cuts, display_mode="ortho", figure=figure, axes=axis, annotate=True, black_bg=False, **options
+                image,
+                cut_coords=cuts,
+                display_mode="ortho",
+                figure=figure,
+                axes=axis,
+                annotate=True,
+                draw_cross=False,
+                black_bg=False,
+                **options,
             )
             shown.title(title, size=9, color="black", bgcolor="white", alpha=0.8)
 
