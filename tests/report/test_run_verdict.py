@@ -62,6 +62,8 @@ def test_a_task_counts_as_learned_where_the_interval_lies_above_chance(low: floa
     lines = "".join(json.dumps(row) + "\n" for row in made)
     found = judged(tmp_path, learned, result_json={"targets": {"age": target}}, metrics_jsonl=lines)
     assert found.word == word
+    seen = {"targets": {"age": target}, "overlap": {"known": True, "counted": 3, "asked": 9, "why": None}}
+    assert judged(tmp_path / "seen", learned, result_json=seen, metrics_jsonl=lines).word == "cannot be believed"
     assert "age: auroc 0.700 on test subjects, chance 0.5" in found.says
 
 

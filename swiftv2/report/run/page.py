@@ -1,6 +1,5 @@
 """The page of one run or of several: a single file that works without a network."""
 
-import importlib
 from collections.abc import Callable, Sequence
 from xml.etree.ElementTree import Element
 
@@ -10,7 +9,11 @@ from swiftv2.report.profile import profile_section
 from swiftv2.report.run import charts
 from swiftv2.report.run.comparing import comparing_section
 from swiftv2.report.run.curves import curves_section
+from swiftv2.report.run.datasheet import datasheet_section
+from swiftv2.report.run.downstream import downstream_section
 from swiftv2.report.run.heldout import heldout_section
+from swiftv2.report.run.overlap import overlap_section
+from swiftv2.report.run.pictures import pictures_section
 from swiftv2.report.run.provenance import provenance_section
 from swiftv2.report.run.reading import Run
 from swiftv2.report.run.sharing import hide
@@ -98,25 +101,16 @@ def _sections(run: Run, *, alone: bool) -> list[Element | None]:
     """Of one run, top down; what is drawn for all runs together is not drawn again."""
     return [
         _guarded(heldout_section, run),
-        _other("pictures", run),
+        _guarded(pictures_section, run),
         curves_section([run]) if alone else None,
         throughput_section([run]),
         _guarded(profile_section, run),
-        _other("datasheet", run),
-        _other("overlap", run),
-        _other("downstream", run),
+        _guarded(datasheet_section, run),
+        _guarded(overlap_section, run),
+        _guarded(downstream_section, run),
         _guarded(timeline_section, run),
         _guarded(provenance_section, run),
     ]
-
-
-def _other(name: str, run: Run) -> Element | None:
-    try:
-        module = importlib.import_module(f"swiftv2.report.run.{name}")
-    except (ImportError, SyntaxError):
-        return None
-    made: Section = getattr(module, f"{name}_section")
-    return _guarded(made, run)
 
 
 def _guarded(made: Section, run: Run) -> Element | None:

@@ -129,7 +129,7 @@ def _phases(run: Run) -> Element | None:
     each = 1
     for place, (phase, name) in enumerate(PHASES.items()):
         series = run.series(f"seconds/{phase}")
-        if not series[0] or not any(series[1]):
+        if len(series[0]) < 2 or not any(series[1]):
             continue
         x, y, each = averaged(series, _MOST_STRETCHES)
         colour = COLOURS[place]

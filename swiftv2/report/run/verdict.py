@@ -158,9 +158,13 @@ def _finetuned(run: Run) -> Verdict:
     try:
         result = run.document("result.json") or {}
         told = [_beyond_chance(name, target) for name, target in result["targets"].items()]
+        seen = (result.get("overlap") or {}).get("counted") or 0
     except (SwiftError, KeyError, TypeError, AttributeError):
         return Verdict(asks, "unknown", "cannot be told", f"{says} Its result cannot be read.")
     figures = "; ".join(text for text, _ in told)
+    if seen:
+        leak = f"The weights were trained on {counted(int(seen), 'judged subject')}, so the scores flatter."
+        return Verdict(asks, "bad", "cannot be believed", f"{leak} {figures}.")
     beyond = [sure for _, sure in told]
     if any(sure is None for sure in beyond):
         return Verdict(asks, "unknown", "cannot be told", f"{figures}. Without an interval nothing is shown.")
