@@ -32,6 +32,7 @@ nav { position: sticky; top: 0; z-index: 5; background: var(--paper); border-bot
   text-decoration: none; } nav a:hover { text-decoration: underline; }
 section { scroll-margin-top: 3rem; } section > h2 { margin: 2.8rem 0 .6rem; font-size: 1.3rem; letter-spacing: -.01em; }
 section h3 { margin: 1.6rem 0 .4rem; }
+section > figure { margin: 1.4rem 0; } section > figure figcaption { margin-top: .4rem; font-size: .88rem; }
 :root { --good: #1a7f4b; --bad: #b3261e; --card: #f7f7f9; }
 @media (prefers-color-scheme: dark) { :root { --good: #5fd39a; --bad: #ff8a80; --card: #1f1f25; } }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: .9rem; margin: 1.2rem 0; }
