@@ -15,7 +15,8 @@ from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.errors import SwiftError
 from swiftv2.report.markup import Cell, Content, element, tabled
 from swiftv2.report.run.reading import Run
-from swiftv2.report.run.words import counted, facts, moment, section
+from swiftv2.report.run.words import counted, facts, listing, moment, section
+from swiftv2.report.tracked import missing, read_neptune
 
 _RECIPES: Mapping[str, type[Config]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 _PLACES = {"run.dir", "data.store", "task.data.store"}
@@ -209,7 +210,25 @@ def _trackers(run: Run) -> list[Element]:
         rows.append([name, str(get("mode", "")), *numbers, str(get("problem") or "")])
     table = tabled(("tracker", "mode", "sent", "dropped", "errors", "last problem"), rows, label="trackers")
     note = element("p", "The run calls itself ", element("code", str((told or {}).get("id", ""))), " there.", kind="quiet")
-    return [element("h3", "Trackers"), note, table]
+    return [element("h3", "Trackers"), note, table, *_neptune(run)]
+
+
+def _neptune(run: Run) -> list[Element]:
+    """Whether Neptune's offline files hold what the metrics hold."""
+    folder = run.path / "neptune"
+    if not folder.is_dir():
+        return []
+    offline = read_neptune(folder)
+    lacking = missing(offline, run.path)
+    kept = sum(len(values) for values in offline.series.values())
+    says = f"Neptune's offline files hold {counted(kept, 'value')} of {counted(len(offline.series), 'series', 'series')}; "
+    if lacking:
+        names = listing(sorted(lacking)[:3])
+        says += f"{counted(sum(lacking.values()), 'value')} of metrics.jsonl are not there or differ, of {names}."
+    else:
+        says += "all values of metrics.jsonl are there."
+    says += f" {counted(len(offline.damaged), 'line')} of them cannot be read." if offline.damaged else ""
+    return [element("p", says, kind="quiet")]
 
 
 def _commands(run: Run) -> list[Content]:
