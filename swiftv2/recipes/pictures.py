@@ -21,6 +21,7 @@ from swiftv2.engine.collective import on_first
 from swiftv2.engine.launch import World
 from swiftv2.errors import SwiftError
 from swiftv2.files import write_file
+from swiftv2.models.routes import Work
 from swiftv2.recipes import maps
 from swiftv2.recipes.baselines import FluctuationScore, time_interpolation
 from swiftv2.recipes.data import Data
@@ -30,8 +31,8 @@ from swiftv2.report.reconstructions import INDEX, PLANES, best_of, file_of, fold
 Floats = NDArray[np.float32]
 Arrays = dict[str, NDArray[Any]]
 
-KEPT = 8
-"""Evaluations whose arrays stay: the first, the best, the last, and others spread evenly between them."""
+KEPT, NEWEST = 8, 3
+"""Evaluations whose arrays stay, in all and at the end: the first, the best, the last three, and others spread evenly."""
 BESIDE_MIDLINE_MM = 12.0
 """The sagittal cut lies to the right of the midline, which shows mostly the gap between the hemispheres."""
 
@@ -49,6 +50,7 @@ class Pictures:
 
     def __init__(self, config: PretrainConfig, data: Data, objective: Objective, world: World, run_dir: Path) -> None:
         self.config, self.data, self.objective, self.world, self.run_dir = config, data, objective, world, run_dir
+        self._read: list[Batch] | None = None
 
     def write(self, step: int, loss: float, scores: FluctuationScore, sums: maps.VoxelSums) -> None:
         """Draw the fixed clips, and write all under `figures/` (collective); the objective is in evaluation mode.
@@ -102,8 +104,28 @@ class Pictures:
     @torch.no_grad()
     def _add_clips(self, arrays: Arrays, drawn: list[dict[str, Any]], notes: list[str]) -> None:
         """The fixed clips, computed anew by rank 0: so they are the same however many clips and ranks there are."""
-        config, data, gone = self.config, self.data, self.data.withdrawn_heldout
-        batches = evaluation_batches(
+        # Read once: a few clips on the host are nothing, a slow file system at each evaluation is not.
+        batches = self._read = self._read or self._read_clips()
+        encoder = self.objective.simmim.encoder
+        # What this rank alone computes says nothing of how even the ranks are.
+        work, encoder.work = encoder.work, Work()
+        try:
+            for number, one in enumerate(batches, 1):
+                if not one.weight.any():
+                    notes.append(f"clip {number} cannot be used and is not drawn")
+                    continue
+                key, cohort = f"clip_{number}", self.data.table.cohort_names[int(one.cohort[0])]
+                found, facts = self._clip(one.to(self.world.device))
+                arrays |= {f"{key}/{name}": values for name, values in found.items()}
+                tr, frame = float(one.tr[0]) * self.config.clip.stride_within, facts["frame"]
+                caption = f"Clip {number} ({cohort}), frame {frame + 1} of {len(found['seconds'])}"
+                drawn.append({"name": key, "kind": "clip", "cohort": cohort, "caption": caption, "tr": tr, **facts})
+        finally:
+            encoder.work = work
+
+    def _read_clips(self) -> list[Batch]:
+        config, data = self.config, self.data
+        with evaluation_batches(
             data.store,
             data.heldout,
             config.mask,
@@ -112,20 +134,9 @@ class Pictures:
             batch=1,
             max_clips=config.evaluate.pictures,
             reading=data.reading(config.data, self.world.device),
-            left_out=gone,
-        )
-        with batches:
-            for number, one in enumerate(batches, 1):
-                if not one.weight.any():
-                    notes.append(f"clip {number} cannot be used and is not drawn")
-                    continue
-                batch = one.to(self.world.device)
-                key, cohort = f"clip_{number}", data.table.cohort_names[int(one.cohort[0])]
-                found, facts = self._clip(batch)
-                arrays |= {f"{key}/{name}": values for name, values in found.items()}
-                tr, frame = float(one.tr[0]) * config.clip.stride_within, facts["frame"]
-                caption = f"Clip {number} ({cohort}), frame {frame + 1} of {len(found['seconds'])}"
-                drawn.append({"name": key, "kind": "clip", "cohort": cohort, "caption": caption, "tr": tr, **facts})
+            left_out=data.withdrawn_heldout,
+        ) as batches:
+            return list(batches)
 
     def _clip(self, batch: Batch) -> tuple[Arrays, dict[str, Any]]:
         store = self.data.store
@@ -275,11 +286,11 @@ def _former(run_dir: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _kept(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most `KEPT` of them: the first, the best and the last stay, the others as evenly spread as can be."""
+    """At most `KEPT` of them: the first, the best and the newest stay, the others as evenly spread as can be."""
     left = sorted(steps, key=lambda one: one["step"])
     best = left[best_of(left)]
     while len(left) > KEPT:
-        free = [i for i in range(1, len(left) - 1) if left[i] is not best]
+        free = [i for i in range(1, len(left) - NEWEST) if left[i] is not best]
         del left[min(free, key=lambda i: left[i + 1]["step"] - left[i - 1]["step"])]
     return left
 

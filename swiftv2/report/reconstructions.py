@@ -18,7 +18,7 @@ from swiftv2.files import read_json
 Arrays = Mapping[str, NDArray[Any]]
 
 FOLDER, INDEX = Path("figures", "reconstructions"), "index.json"
-HIDDEN = "#8fa3c2"
+HIDDEN, OUTLINE = "#8fa3c2", "#2a8c4f"
 MODEL, INTERPOLATED = "#c1440e", "#4c72b0"
 PLANES = ("sagittal", "coronal", "axial")
 KINDS = ("original", "masked", "reconstructed", "error")
@@ -111,6 +111,8 @@ def draw_planes(figure: Any, clip: Arrays) -> None:
             for column, kind in enumerate(KINDS):
                 axis = axes[row, column]
                 images[kind] = draw_slice(axis, shown[plane][f"{signal} {kind}"], scales[kind], plane)
+                if kind == "reconstructed":
+                    _outline(axis, np.isinf(shown[plane]["volume masked"]))
                 if row == 0:
                     axis.set_title(kind, fontsize=9)
                 if column == 0:
@@ -119,7 +121,7 @@ def draw_planes(figure: Any, clip: Arrays) -> None:
         part.suptitle(title, fontsize=10, fontweight="bold")
         bar = {"location": "bottom", "aspect": 28, "pad": 0.02}
         part.colorbar(images["original"], ax=axes[:, :3], shrink=0.55, label="BOLD (source units)", **bar)
-        part.colorbar(images["error"], ax=axes[:, 3:], shrink=0.95, label="error", **{**bar, "aspect": 14})
+        part.colorbar(images["error"], ax=axes[:, 3:], shrink=0.95, label="error (source units)", **{**bar, "aspect": 14})
 
 
 def _scales(shown: Mapping[str, Mapping[str, NDArray[Any]]], signal: str) -> dict[str, tuple[float, float, str]]:
@@ -132,9 +134,7 @@ def _scales(shown: Mapping[str, Mapping[str, NDArray[Any]]], signal: str) -> dic
 
     original = values("original")
     if signal == "volume":
-        low, high = (float(np.quantile(original, q)) for q in (0.002, 0.998))
-        # An image of one sign begins at 0; cleaned data lie on both sides of it.
-        low = min(low, 0.0)
+        low, high = (float(np.quantile(original, q)) for q in (0.005, 0.998))
         plain = (low, high if high > low else low + 1.0, "gray")
         error = _around_zero(values("error"), "PuOr_r")
     else:
@@ -167,6 +167,16 @@ def draw_slice(axis: Any, values: NDArray[Any], scale: tuple[float, float, str],
             place, 0.0, side, transform=axis.transAxes, fontsize=8, ha=align, va="bottom", color="#333", path_effects=halo
         )
     return image
+
+
+def _outline(axis: Any, hidden: NDArray[np.bool_]) -> None:
+    """Mark the edges of what was hidden, along the voxels' own."""
+    if not hidden.any() or hidden.all():
+        return
+    fine = 8
+    large = np.kron(hidden.T.astype(np.float32), np.ones((fine, fine), dtype=np.float32))
+    x, y = (np.arange(size) / fine - 0.5 + 0.5 / fine for size in (large.shape[1], large.shape[0]))
+    axis.contour(x, y, large, levels=[0.5], colors=[OUTLINE], linewidths=0.7)
 
 
 def draw_courses(figure: Any, clip: Arrays) -> None:
@@ -245,6 +255,8 @@ def draw_learning(figure: Any, entries: Sequence[Mapping[str, Any]], clips: Sequ
             axis = axes[row, column]
             values = shown[0][f"{signal} original"] if column == 0 else shown[column - 1][f"{signal} reconstructed"]
             image = draw_slice(axis, values, scale, plane)
+            if column:
+                _outline(axis, np.isinf(shown[column - 1]["volume masked"]))
             if row == 0:
                 axis.set_title("measured" if column == 0 else _said(entries, column - 1), fontsize=8.5)
         axes[row, 0].set_ylabel(signal, fontsize=9)
