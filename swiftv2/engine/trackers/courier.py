@@ -31,7 +31,7 @@ class Courier:
 
     def __init__(self, order: Order, config: TrackingConfig, tell: Callable[[str], None]) -> None:
         self.order, self._config, self._tell = order, config, tell
-        self.sent = self.dropped = self.errors = 0
+        self.given = self.sent = self.dropped = self.errors = 0
         self.problem: str | None = None
         self.opened = False
         self._waiting: deque[tuple[int, Mapping[str, float]]] = deque()
@@ -57,6 +57,7 @@ class Courier:
     def put(self, step: int, values: Mapping[str, float]) -> None:
         """Take a line of numbers; where too many wait, the oldest is dropped."""
         with self._changed:
+            self.given += 1
             if self._lost:
                 self.dropped += 1
                 return
@@ -76,9 +77,10 @@ class Courier:
         """Wait until it has all, at most until that moment of the monotonic clock; then it is ended."""
         self._closed.wait(max(until - time.monotonic(), 0.0))
         with self._changed:
-            unsent = len(self._waiting)
-            self._waiting.clear()
+            # What was handed on and never confirmed may be there or not: it counts as dropped.
+            unsent = self.given - self.sent - self.dropped
             self.dropped += unsent
+            self._waiting.clear()
             late = not self._closed.is_set() and not self._lost
             self._lost = True
             self._changed.notify()
@@ -121,7 +123,7 @@ class Courier:
                 if "error" in said:
                     self.errors += 1
                     self.dropped += taken
-                    self.problem = said["error"]
+                    self.problem = str(said["error"])
                 else:
                     self.sent += taken
                 closed = closed or bool(said.get("closed"))
@@ -135,7 +137,7 @@ class Courier:
             if told:
                 self.problem = self.problem or "its process ended"
                 self._lost = True
-                self.dropped += len(self._waiting)
+                self.dropped = self.given - self.sent
                 self._waiting.clear()
             self._changed.notify()
         self._closed.set()

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from swiftv2.engine.trackers.tracker import Order, Tracker
 
@@ -18,7 +19,8 @@ class _Wandb:
             id=order.identity,
             name=order.identity,
             resume="allow",
-            dir=order.folder,
+            # It makes a folder `wandb` there, which is the order's.
+            dir=str(Path(order.folder).parent),
             config=dict(order.settings),
             settings=wandb.Settings(
                 console="off",
