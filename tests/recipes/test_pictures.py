@@ -14,6 +14,7 @@ from torch.multiprocessing.spawn import spawn
 from swiftv2.config.load import load
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.data.grid import Grid, mni152_grid
+from swiftv2.data.store.reader import Store
 from swiftv2.engine.launch import World
 from swiftv2.recipes import maps
 from swiftv2.recipes.data import open_data
@@ -41,9 +42,10 @@ def configured(store: Path, run: Path, clips: int, *, real: bool = False) -> Pre
     return load(PretrainConfig, path, [])
 
 
-def evaluate(config: PretrainConfig, world: World, steps: tuple[int, ...] = (1,)) -> None:
+def evaluate(config: PretrainConfig, world: World, steps: tuple[int, ...] = (1,), *, as_real: bool = False) -> None:
     torch.manual_seed(0)
     data = open_data(config)
+    data.store.generated = data.store.generated and not as_real
     objective = Objective(config, torch.as_tensor(data.store.voxels).long(), data.store.grid.shape)
     heldout = HeldOut(config, data, objective, world, config.run.dir)
     for step in steps:
@@ -115,6 +117,27 @@ def test_real_subjects_are_drawn_on_request_alone(real_store: Path, tmp_path: Pa
     assert any("fewer than 5" in note for note in told["notes"])
 
 
+@pytest.mark.slow
+def test_real_cohorts_are_drawn_as_means_of_what_many_subjects_have(generated_store: Path, tmp_path: Path) -> None:
+    evaluate(configured(generated_store, tmp_path, 8), ALONE, as_real=True)
+    index = read_index(tmp_path)
+    assert index is not None
+    assert [(one["kind"], one["subjects"]) for one in index["drawn"]] == [("mean", 8)]
+    store = Store.open(generated_store)
+    text = (tmp_path / FOLDER / "index.json").read_text()
+    assert not any(run.subject in text or run.key in text for run in store.runs)
+    mean = of_clip(drawn_of(tmp_path), index["drawn"][0]["name"])
+    assert not any(name.startswith(("course", "hidden", "original")) for name in mean)
+    measured, made, off, moved = (mean[f"{name}_axial"] for name in ("measured", "reconstructed", "error", "fluctuation"))
+    shown = np.isfinite(measured)
+    assert shown.mean() > 0.3
+    np.testing.assert_array_equal(np.isfinite(made), shown)
+    assert (measured[shown] > 0).all()
+    # A root mean square is not below the difference of the means.
+    assert (off[shown] >= np.abs(made - measured)[shown] * (1 - 1e-4) - 1e-3).all()
+    assert (moved[shown] > 0).all()
+
+
 @pytest.mark.parametrize("orientation", ["RAS", "LAS"])
 def test_a_planted_region_is_at_its_place_in_the_map(orientation: str, tmp_path: Path) -> None:
     grid: Grid = mni152_grid(6.0, orientation, "MNI152NLin2009cAsym")
@@ -133,7 +156,7 @@ def test_a_planted_region_is_at_its_place_in_the_map(orientation: str, tmp_path:
     sums.update(predictions, target, counted, [0], [1.0], [True], units)
     found = maps.r2_map(sums.cohort(0), 1)
     maps.write_map(tmp_path / "map.nii.gz", found.r2, grid, voxels)
-    image: Any = nib.load(tmp_path / "map.nii.gz")  # type: ignore[attr-defined]
+    image: Any = nib.load(tmp_path / "map.nii.gz")
     assert image.get_data_dtype() == np.float32
     assert nib.aff2axcodes(image.affine) == tuple(orientation)  # type: ignore[no-untyped-call]
     assert (int(image.header["sform_code"]), int(image.header["qform_code"])) == (4, 4)
