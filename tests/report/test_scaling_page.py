@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from scaling_trees import BUDGETS, GRID, OFF, coordinates_tree, fit_tree, prediction_tree, transfer_tree
 
-from swiftv2.report.scaling import sections, write_page
 from swiftv2.report.markup import Content, document, number
+from swiftv2.report.scaling import sections, write_page
 
 OF_FIT = ("loss_against_compute", "loss_against_tokens", "loss_against_parameters", "residuals")
 VOID = {"meta", "img"}
