@@ -221,7 +221,7 @@ def draw_mean(figure: Any, mean: Arrays) -> None:
         every = np.concatenate([mean[f"{name}_{plane}"].ravel() for plane in PLANES for name in names])
         every = every[np.isfinite(every)]
         high = float(np.quantile(every, 0.995)) if len(every) else 1.0
-        low = min(0.0, float(np.quantile(every, 0.005))) if len(every) else 0.0
+        low = float(np.quantile(every, 0.005)) if len(every) and group == "image" else 0.0
         scales[group] = (low, high if high > low else low + 1.0, colours)
     images = {}
     for row, plane in enumerate(PLANES):
