@@ -201,6 +201,11 @@ def build_module(config: FinetuneConfig, data: TaskData, train: TaskClips, card:
             f"the model is made for a grid of {list(model.image_size)}, {store.path} has {list(store.grid.shape)}: take "
             "weights (or encoder.model.image_size) of that grid, or build the store with another grid.voxel_mm"
         )
+    if model.variant != "decoupled" and config.task.clip.frames > model.frames:
+        raise UsageError(
+            f"clips of task.clip.frames={config.task.clip.frames} are longer than the model's {model.frames} frames: shorten "
+            "them, or take weights (or encoder.model.frames) of as many"
+        )
     encoder = Swin4D(model, seed=config.run.seed)
     mask = template_mask(torch.as_tensor(store.voxels).long(), store.grid.shape)
     if model.packing == "template":

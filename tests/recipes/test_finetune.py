@@ -193,6 +193,7 @@ def test_weights_that_saw_the_test_subjects_are_refused_or_declared(
         (["encoder.weights=nowhere"], "nowhere"),
         (["encoder.regime=lastblocks"], "encoder.regime"),
         (["task.split.index=3"], "index=3"),
+        (["encoder.regime=scratch", "encoder.weights=null", "encoder.model=tiny", "task.clip.frames=5"], "model's 4 frames"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line_before_anything_is_made(
