@@ -18,6 +18,8 @@ PREDICTORS = {
     "visible_mean": ("mean of visible frames", "#8c8c8c"),
     "run_mean": ("mean of the whole run", "#55a868"),
 }
+_ON_PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+"""Words that cover what they stand on."""
 
 
 def draw_run(run_dir: Path) -> Path:
@@ -88,7 +90,7 @@ def _draw_numbers(figure: Any, metrics: list[dict[str, Any]], evaluation: dict[s
     values = np.array(known + [value for _, value in curve])
     loss.set_ylim(0.95 * values.min(), 1.15 * values.max())
     loss.set(xlabel="step", ylabel="on hidden brain voxels, normalised units")
-    loss.legend(fontsize=6, frameon=False)
+    loss.legend(fontsize=6, frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0.0, 1.0))
 
     scored = {name: method["r2"] for name, method in everyone["methods"].items() if method["r2"]}
     names = [name for name in PREDICTORS if scored.get(name, {}).get("mean") is not None]
@@ -98,8 +100,8 @@ def _draw_numbers(figure: Any, metrics: list[dict[str, Any]], evaluation: dict[s
         if r2["low"] is not None:
             score.plot((r2["low"], r2["high"]), (place, place), color=colour, lw=3, solid_capstyle="butt")
         score.plot(r2["mean"], place, "o", color=colour, ms=6)
-        score.text(r2["mean"], place + 0.18, f"{label}: {r2['mean']:.3f}", ha="center", fontsize=7)
-    score.axvline(0.0, color="black", lw=0.6)
+        score.text(r2["mean"], place + 0.18, f"{label}: {r2['mean']:.3f}", ha="center", fontsize=7, bbox=_ON_PAPER)
+    score.axvline(0.0, color="black", lw=0.6, zorder=0)
     score.set_ylim(-0.5, len(names) - 0.3)
     score.margins(x=0.25)
     score.set_yticks([])
