@@ -33,6 +33,7 @@ from swiftv2.engine.build import build_backend
 from swiftv2.engine.launch import World
 from swiftv2.engine.loop import FitResult, fit
 from swiftv2.engine.loss import after_loss, lost_each_other
+from swiftv2.engine.place import find_place
 from swiftv2.engine.rundir import RunDirectory
 from swiftv2.engine.sentinel import Sentinel
 from swiftv2.engine.stream import Exclusion
@@ -102,8 +103,9 @@ def train(path: Path, options: dict[str, Any]) -> FitResult:
     engine = EngineConfig(device="cpu", **options["engine"])
     schedule = ScheduleConfig(kind="constant", warmup_steps=5)
     optimizer = OptimizerConfig(lr=1e-2)
+    # Before ranks meet, as recipes do: else one may leave while another still looks for it.
+    micro, accumulation = split_batch(settings.global_batch, find_place(os.environ).size, settings.micro_batch)
     world = launch.start(engine)
-    micro, accumulation = split_batch(settings.global_batch, world.size, settings.micro_batch)
     sections = {"engine": engine, "train": settings, "schedule": schedule, "optimizer": optimizer}
     text = yaml.safe_dump({name: section.model_dump(mode="json") for name, section in sections.items()})
     if "die" in options:
