@@ -24,7 +24,9 @@ from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.config.tracking import TrackingConfig
 from swiftv2.engine.launch import World
 from swiftv2.engine.rundir import RunDirectory
-from swiftv2.engine.trackers.desk import Trackers
+from swiftv2.engine.trackers.desk import DOCUMENT, Trackers
+from swiftv2.errors import SwiftError
+from swiftv2.files import read_json
 from swiftv2.records import METRICS, read_metrics
 
 TARGET = 0.01
@@ -95,6 +97,10 @@ def _log(folder: Path, rows: list[dict[str, Any]], tracking: TrackingConfig) -> 
         began = time.perf_counter()
         trackers.close()
         close = time.perf_counter() - began
+    told = read_json(folder / DOCUMENT)["trackers"] if tracking.wanted else {}
+    lost = {name: one for name, one in told.items() if one["sent"] != len(rows)}
+    if lost:
+        raise SwiftError(f"trackers did not take all {len(rows)} lines, so their cost is not known: {lost}")
     return seconds, start, close, sum(os.times()[2:4]) - used
 
 

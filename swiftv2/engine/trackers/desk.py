@@ -50,7 +50,10 @@ class Trackers:
         for name, mode in config.wanted.items():
             folder = str((run.path / FOLDERS[name]).absolute())
             order = Order(name, mode, folder, run.tracker_id, config.project_of(name), seen, run.attempt)
-            self._couriers.append(Courier(order, config, self._note))
+            try:
+                self._couriers.append(Courier(order, config, self._note))
+            except OSError as error:  # No memory or no more processes: the run does without.
+                self._note(f"{name} is not told: its process cannot be started: {error}")
         self._document()
         run.listeners.append(self._line)
 

@@ -196,6 +196,14 @@ def test_a_folder_that_cannot_be_written_costs_the_tracker_alone(tmp_path: Path)
     assert (courier.sent, courier.dropped) == (0, 1)
 
 
+def test_a_tracker_that_cannot_be_started_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "absent"))
+    _attempt(tmp_path, _config(tmp_path), range(1, 4))
+    assert [row["step"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+    told = [row["problem"] for row in read_lines(tmp_path / "run" / "events.jsonl") if row["event"] == "tracker"]
+    assert "tensorboard is not told: its process cannot be started" in told[0]
+
+
 def test_a_killed_run_leaves_no_process_and_its_last_lines(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(
