@@ -11,6 +11,7 @@ from swiftv2.records import METRICS, read_lines
 
 Series = dict[str, dict[int, float]]
 _METRICS = "metrics"
+_ID = ["run", "id"]
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class Offline:
         series: by key, the value of each step; where a step was done again, the last one.
         lines: operations that were read.
         damaged: files and lines that cannot be read.
+        ids: of the runs to which they say that they belong: one, however many attempts there were.
     """
 
     series: Series
     lines: int
     damaged: tuple[str, ...]
+    ids: frozenset[str] = frozenset()
 
 
 def read_neptune(folder: Path) -> Offline:
@@ -51,7 +54,8 @@ def read_neptune(folder: Path) -> Offline:
         if operation.get("type") == "LogFloats" and operation.get("path", [None])[0] == _METRICS:
             values = series.setdefault("/".join(operation["path"][1:]), {})
             values.update({int(one["step"]): float(one["value"]) for one in operation["values"]})
-    return Offline(series, len(rows), tuple(damaged))
+    ids = frozenset(str(operation.get("value")) for _, operation in rows if operation.get("path") == _ID)
+    return Offline(series, len(rows), tuple(damaged), ids)
 
 
 def missing(offline: Offline, run_dir: Path) -> dict[str, int]:

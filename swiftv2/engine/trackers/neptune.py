@@ -17,8 +17,9 @@ class _Neptune:
             mode="async" if online else "offline",
             project=order.project,
             api_token=os.environ.get(TOKENS["neptune"]) if online else None,
-            # The same in every attempt: a server joins what they bring, also from offline files.
+            # The same in every attempt, by which a server goes on with one run; offline files do not keep it.
             custom_run_id=order.identity,
+            name=order.identity,
             source_files=[],
             git_ref=False,
             capture_hardware_metrics=False,
@@ -26,8 +27,9 @@ class _Neptune:
             capture_stderr=False,
             capture_traceback=False,
         )
-        if order.attempt == 1:
-            self._run["settings"] = dict(order.settings)
+        # Offline, each attempt has files of its own, which must say for themselves whose they are.
+        self._run["run"] = {"id": order.identity, "attempt": order.attempt}
+        self._run["settings"] = dict(order.settings)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():

@@ -1,10 +1,16 @@
 """Weights & Biases: offline files in the run directory, or the hosted service where it is asked for."""
 
 import os
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 
 from swiftv2.engine.trackers.tracker import Order, Tracker
+
+_BLOCK, _HEAD = 32768, 7
+_FIRST, _LAST = (1, 2), (1, 4)
+"""Kinds of pieces that begin a record and that end one: whole, first, middle, last are 1 to 4."""
 
 
 class _Wandb:
@@ -42,11 +48,49 @@ class _Wandb:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
+        self._file = None if order.mode == "online" else Path(self._run.dir).parent / f"run-{order.identity}.wandb"
+        self._lines = 0
+
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({**values, "step": step})
+        self._lines += 1
 
     def close(self) -> None:
+        """Raises OSError where its service, which tells nobody of a full disk, has not written all lines."""
         self._run.finish()
+        if self._file is not None:
+            lost = self._lines - sum(1 for _ in read_lines(self._file))
+            if lost > 0:
+                raise OSError(f"{lost} of {self._lines} lines are not in {self._file.name}: is the disk full?")
+
+
+def read_lines(path: Path) -> Iterator[dict[str, str]]:
+    """Lines that were logged to a `.wandb` file, by key as JSON; of a file that breaks off, those before.
+
+    The file is LevelDB's log: after 7 bytes, blocks of 32 KiB with pieces of records, each a protocol buffer `Record`.
+    """
+    record_type = import_module("wandb.proto.wandb_internal_pb2").Record
+    for data in _records(path.read_bytes()):
+        record = record_type.FromString(data)
+        if record.HasField("history"):
+            yield {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+
+
+def _records(data: bytes) -> Iterator[bytes]:
+    at, pieces = _HEAD, [b""]
+    while at + _HEAD <= len(data):
+        left = _BLOCK - at % _BLOCK
+        if left < _HEAD:
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        piece = data[at + _HEAD : at + _HEAD + length]
+        if not 1 <= kind <= 4 or len(piece) < length:
+            return
+        pieces = [piece] if kind in _FIRST else [*pieces, piece]
+        if kind in _LAST:
+            yield b"".join(pieces)
+        at += _HEAD + length
 
 
 def begin(order: Order) -> Tracker:

@@ -1,6 +1,7 @@
 """Trackers with their real libraries: they hold what metrics.jsonl holds, and nothing of them stops, slows or names anybody."""
 
 import json
+import resource
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from swiftv2.engine.rundir import RunDirectory
 from swiftv2.engine.trackers.courier import Courier
 from swiftv2.engine.trackers.desk import Trackers
 from swiftv2.engine.trackers.tracker import Order, check
+from swiftv2.engine.trackers.wandb import read_lines as read_wandb
 from swiftv2.errors import UsageError
 from swiftv2.files import read_json
 from swiftv2.records import read_lines
@@ -97,12 +99,16 @@ def test_all_hold_what_the_metrics_hold_and_go_on_under_one_id(tmp_path: Path) -
     offline = read_neptune(tmp_path / "run" / "neptune")
     assert offline.series["loss"] == wanted
     assert not offline.damaged
+    assert offline.ids == {first["id"]}
     assert missing(offline, tmp_path / "run") == {}
 
     kept = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert len(kept) == 2
     assert all(folder.name.endswith(first["id"]) for folder in kept)
-    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))) == 2
+    rows = [row for path in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")) for row in read_wandb(path)]
+    assert {int(row["step"]): float(row["loss"]) for row in rows} == wanted
+    assert [int(row["step"]) for row in rows] == [*range(1, 7), *range(5, 9)]
+    assert all(float(row["skipped"]) == (row["step"] == "2") for row in rows)
 
     for path, content in _written(tmp_path):
         assert SECRET.encode() not in content, path
@@ -202,6 +208,33 @@ def test_a_tracker_that_cannot_be_started_costs_itself_alone(tmp_path: Path, mon
     assert [row["step"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
     told = [row["problem"] for row in read_lines(tmp_path / "run" / "events.jsonl") if row["event"] == "tracker"]
     assert "tensorboard is not told: its process cannot be started" in told[0]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "neptune", "wandb"])
+def test_a_full_disk_is_told_and_costs_the_run_nothing(tmp_path: Path, name: str) -> None:
+    told: list[str] = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # No file of the tracker's process may grow beyond this: writing fails there as on a disk that is full.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        order = Order(name, "offline", str(tmp_path / name), "x", None, {}, 1)
+        courier = Courier(order, TrackingConfig(), told.append)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    values = {f"value/{index}": 0.1 * index for index in range(30)}
+    longest = 0.0
+    for step in range(1, 401):
+        began = time.perf_counter()
+        courier.put(step, values)
+        longest = max(longest, time.perf_counter() - began)
+        time.sleep(0.002)
+    courier.end()
+    courier.wait(time.monotonic() + 20)
+    assert longest < PROMPT
+    assert courier.errors > 0
+    assert "large" in str(courier.problem) or "disk full" in str(courier.problem)
+    assert name in told[0]
+    assert courier._process.poll() is not None
 
 
 def test_a_killed_run_leaves_no_process_and_its_last_lines(tmp_path: Path) -> None:
