@@ -58,10 +58,23 @@ def compare_folders(
                 raise SwiftError(f"{path}: not a result of a downstream task")
             results.append(tree if source.name is None else tree | {"name": source.name})
             known = path.with_name(PREDICTIONS)
-            predictions.append(read(known) if known.exists() else None)
+            predictions.append(_predictions(known, tree) if known.exists() else None)
     names = list(dict.fromkeys(str(tree["name"]) for tree in results))
     chosen = reference or next((name for name in REFERENCES if name in names), None)
     if chosen is None:
         raise UsageError(f"none of {', '.join(REFERENCES)} is among {', '.join(names)}: say --reference NAME")
     oracle = None if ceilings is None else read_json(ceilings)
     return compare(results, predictions, chosen, ceilings=oracle, groups=groups, bootstrap=bootstrap, seed=seed)
+
+
+def _predictions(path: Path, result: Mapping[str, Any]) -> Parts:
+    """Predictions beside a result, which must have rows for whatever it says was judged on test subjects."""
+    found = read(path)
+    told = [column for column, target in result["targets"].items() if target["test"] is not None]
+    lacking = [column for column in told if column not in found.get("test", {})]
+    if lacking:
+        raise SwiftError(
+            f"{path}: no rows of test subjects for {', '.join(lacking)}, which {RESULT} beside it judges: make both anew, or "
+            "take the table away (then there are no bootstrap intervals)"
+        )
+    return found

@@ -13,14 +13,12 @@ import numpy as np
 from swiftv2.config.base import Config
 from swiftv2.data.samples.clips import ClipIndex
 from swiftv2.data.store import layout
-from swiftv2.data.store.reader import Run, Store
+from swiftv2.data.store.reader import Store
 from swiftv2.files import write_file
 
 FILE = "datasheet.json"
 LOOKED_AT = 200
 """Runs of a cohort, spread evenly, whose displacement and temporal SNR are read: they are one small read each."""
-SMALLEST_GROUP = 5
-"""Subjects below which a group is not counted apart."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,6 @@ def data_sheet(
         space, orientation, framewise displacement (mm) and temporal SNR; `refused`: files that the store refused, by reason,
         None where its report cannot be read; `withdrawn` runs; `too_short` runs; `leakage`: what parts have in common.
     """
-    part_of = {key: part.name for part in parts for key in part.subjects}
     used = sorted({int(run) for part in parts if part.clips is not None for run in part.clips.run})
     clips = {part.name: Counter(part.clips.run.tolist()) for part in parts if part.clips is not None}
     names = sorted({store.runs[index].cohort for index in used})
@@ -67,12 +64,12 @@ def data_sheet(
         "voxels": len(store.voxels),
         "clip": clip.model_dump(mode="json"),
         "unit": unit,
-        "cohorts": {name: _cohort(store, [i for i in used if store.runs[i].cohort == name], part_of, clips) for name in names},
+        "cohorts": {name: _cohort(store, [i for i in used if store.runs[i].cohort == name], clips) for name in names},
         "runs_in_store": sum(run.present for run in store.runs),
         "refused": _refused(store.path),
         "withdrawn": sum(not run.present for run in store.runs),
         "too_short": sum(len(part.clips.too_short) for part in parts if part.clips is not None),
-        "leakage": _leakage(store, used, parts, families),
+        "leakage": _leakage(store, clips, parts, families),
     }
 
 
@@ -81,15 +78,14 @@ def write_data_sheet(run_dir: Path, sheet: Mapping[str, Any]) -> None:
     write_file(run_dir / FILE, json.dumps(sheet, indent=1, allow_nan=False) + "\n")
 
 
-def _cohort(
-    store: Store, indices: Sequence[int], part_of: Mapping[str, str], clips: Mapping[str, Counter[int]]
-) -> dict[str, Any]:
+def _cohort(store: Store, indices: Sequence[int], clips: Mapping[str, Counter[int]]) -> dict[str, Any]:
     runs = [store.runs[index] for index in indices]
-    subjects = Counter(part_of[key] for key in {run.subject for run in runs} if key in part_of)
+    # By the runs of a part: a split of runs has one subject in several parts.
+    subjects = {part: len({store.runs[index].subject for index in indices if counts[index]}) for part, counts in clips.items()}
     looked_at = [indices[i] for i in np.unique(np.linspace(0, len(indices) - 1, LOOKED_AT).astype(int))]
     return {
         "runs": len(runs),
-        "subjects": dict(sorted(subjects.items())),
+        "subjects": {part: number for part, number in sorted(subjects.items()) if number},
         "clips": {part: sum(counts[index] for index in indices) for part, counts in clips.items()},
         "frames": sum(run.frames for run in runs),
         "hours": round(sum(run.frames * run.tr for run in runs) / 3600, 3),
@@ -152,23 +148,20 @@ def _kind(reason: str) -> str:
     return re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "\u2026", " ".join(words))
 
 
-def _leakage(store: Store, used: Sequence[int], parts: Sequence[Part], families: Mapping[str, str]) -> dict[str, int | None]:
+def _leakage(
+    store: Store, clips: Mapping[str, Iterable[int]], parts: Sequence[Part], families: Mapping[str, str]
+) -> dict[str, int | None]:
     """What two parts share: subjects, families, and files of equal content; None where that cannot be known."""
     held = [set(part.subjects) for part in parts]
     shared_families = None
     if families:
         own = [{families[key] for key in keys if key in families} for keys in held]
         shared_families = _in_two(own)
-    part_of = {key: part.name for part in parts for key in part.subjects}
-    content: dict[str, set[str]] = {}
-    for index in used:
-        run: Run = store.runs[index]
-        if run.source_sha256 and run.subject in part_of:
-            content.setdefault(part_of[run.subject], set()).add(run.source_sha256)
+    content = [{store.runs[index].source_sha256 for index in indices} - {""} for indices in clips.values()]
     return {
         "subjects": _in_two(held),
         "families": shared_families,
-        "files": _in_two(list(content.values())),
+        "files": _in_two(content),
         "families_known": sum(key in families for keys in held for key in keys),
     }
 

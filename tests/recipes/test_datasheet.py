@@ -81,6 +81,22 @@ def test_files_of_equal_content_in_two_parts_are_found(store: Store, monkeypatch
     assert data_sheet(store, parts, {}, CLIP)["leakage"]["files"] == 1
 
 
+def test_where_runs_are_divided_a_subject_counts_in_both_parts_and_so_do_its_files(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = list(store.runs[:2])
+    # Two runs of one subject, of one file's content, on either side of the split.
+    runs[1] = type(runs[1]).from_json(
+        runs[1].to_json() | {"subject": runs[0].subject, "cohort": runs[0].cohort, "source_sha256": runs[0].source_sha256}
+    )
+    monkeypatch.setattr(store, "runs", (*runs, *store.runs[2:]))
+    subject = [runs[0].subject]
+    parts = [Part(name, subject, index_clips(store.runs, CLIP, [place])) for place, name in enumerate(("train", "test"))]
+    sheet = data_sheet(store, parts, {}, CLIP, "run")
+    assert sheet["cohorts"][runs[0].cohort]["subjects"] == {"test": 1, "train": 1}
+    assert sheet["leakage"]["subjects"] == sheet["leakage"]["files"] == 1
+
+
 def test_no_subject_and_no_file_is_named(store: Store, generated_store: Path, tmp_path: Path) -> None:
     config = _config(generated_store, tmp_path / "run")
     text = json.dumps(sheet_of(config, open_data(config)))
