@@ -9,6 +9,8 @@ from pathlib import Path
 from swiftv2.engine.trackers.tracker import Order, Tracker
 
 _BLOCK, _HEAD = 32768, 7
+_READ_BACK = 20_000_000
+"""Bytes up to which a file is read back at the end: more would take longer than a run waits for its trackers."""
 _FIRST, _LAST = (1, 2), (1, 4)
 """Kinds of pieces that begin a record and that end one: whole, first, middle, last are 1 to 4."""
 
@@ -58,7 +60,9 @@ class _Wandb:
     def close(self) -> None:
         """Raises OSError where its service, which tells nobody of a full disk, has not written all lines."""
         self._run.finish()
-        if self._file is not None:
+        # Only the end of its service completes the file.
+        import_module("wandb").teardown()
+        if self._file is not None and (not self._file.exists() or self._file.stat().st_size <= _READ_BACK):
             lost = self._lines - sum(1 for _ in read_lines(self._file))
             if lost > 0:
                 raise OSError(f"{lost} of {self._lines} lines are not in {self._file.name}: is the disk full?")
