@@ -47,7 +47,7 @@ SCRIPT = r"""
     return value;
   };
   const axis = own => ({ gridcolor: named("--grid"), linecolor: named("--rule"), zerolinecolor: named("--rule"),
-    automargin: true, ...own });
+    automargin: true, exponentformat: "power", ...own });
   const coarse = matchMedia("(pointer: coarse)");
   const partsOf = plot => {
     const own = themed(JSON.parse(plot.closest("figure").querySelector("script").textContent)), given = own.layout;
