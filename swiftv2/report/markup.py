@@ -1,6 +1,5 @@
 """HTML as trees of elements: every text is escaped, since names come from files; and numbers as a page shows them."""
 
-import json
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -107,21 +106,6 @@ def _celled(cell: Cell) -> Element:
     if isinstance(cell, str):
         return element("td", cell, kind="words") if len(cell) > 30 else element("td", cell)
     return element("td", cell)
-
-
-def data(identity: str, values: object) -> Element:
-    """Plain values for a script, as JSON in the page; one that is not finite becomes null."""
-    text = json.dumps(_finite(values), separators=(",", ":"), allow_nan=False)
-    # Nothing in a name may end the element that holds it.
-    return element("script", text.replace("<", "\\u003c"), type="application/json", id=identity)
-
-
-def _finite(values: object) -> object:
-    if isinstance(values, dict):
-        return {key: _finite(value) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [_finite(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def document(title: str, content: Sequence[Content], style: str = "", scripts: Sequence[str] = ()) -> bytes:
