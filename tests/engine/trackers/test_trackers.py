@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 SECRET, SUBJECT = "t0ken-9f8e7d6c", "sub-NDAR12345"
 PROMPT = 0.5
-"""Seconds within which a line is taken, whatever its tracker does: a hiccup of a busy machine, and far less than any server's limit."""
+"""Seconds within which a line is taken, whatever its tracker does: a busy machine's hiccup, far below any server's limit."""
 
 
 def _config(folder: Path, **tracking: Any) -> PretrainConfig:
