@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,6 +21,8 @@ COLLECTIVE_PATIENCE = timedelta(minutes=30)
 """How long a collective, or the meeting of all ranks, may take: hangs in training are found sooner, and named."""
 RECORDED_COLLECTIVES = "2000"
 """Last collectives that NCCL's flight recorder keeps for a diagnosis."""
+LETTING_GO_SECONDS = 0.1
+"""How long gloo's threads get for letting go of what was reduced last."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,12 @@ def start(config: EngineConfig) -> World:
 def stop() -> None:
     """Leave the process group, where there is one."""
     if dist.is_initialized():
+        several = dist.get_world_size() > 1
         dist.destroy_process_group()
+        if several:
+            # A thread of gloo that waits for the interpreter, to drop the tensors of a collective that has ended, aborts the
+            # process (SIGABRT) where the interpreter comes to its end first. Nothing tells of such a thread: let it pass.
+            time.sleep(LETTING_GO_SECONDS)
 
 
 def own_place() -> Place:

@@ -1,9 +1,12 @@
 """Who am I: the environments of the launchers, and what is wrong with broken ones."""
 
+import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
+from ranks import environment as plain_environment
+from ranks import worker
 from torch import nn
 
 from swiftv2.config.engine import EngineConfig
@@ -200,3 +203,12 @@ def test_deepspeed_takes_the_device_of_this_rank_not_that_of_its_number(monkeypa
     finally:
         stop()
     assert set(taken) == {0}
+
+
+@pytest.mark.slow
+def test_a_rank_leaves_in_order_while_gloo_still_lets_go_of_tensors() -> None:
+    # An interpreter that ends while a thread of gloo waits for it is aborted: exit status -6, hence 1 of the launcher.
+    done = subprocess.run(
+        worker(2, "leaving.py"), env=plain_environment(), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
