@@ -1,29 +1,45 @@
-"""Rank 1 leaves while a thread of gloo waits for the interpreter, to let go of what was reduced."""
+"""Rank 1 leaves while a thread of gloo, which a busy machine held up, waits to let go of what was reduced."""
 
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from swiftv2.config.engine import EngineConfig
 from swiftv2.engine import launch
+from swiftv2.engine.launch import World
 
 
-def main() -> None:
+def compute(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+def late(action: Callable[..., Any]) -> Callable[..., Any]:
+    def act() -> None:
+        action()
+        compute(1.5)
+
+    return act
+
+
+def main() -> World:
     world = launch.start(EngineConfig(device="cpu"))
     numbers = torch.ones(4)
     if world.rank == 0:
         time.sleep(0.5)
-        dist.all_reduce(numbers)
+        dist.all_reduce(numbers, group=world.control)
     else:
-        dist.all_reduce(numbers, async_op=True)
+        dist.all_reduce(numbers, group=world.control, async_op=True)
         sys.setswitchinterval(100)  # no other thread gets the interpreter while this one computes
-        end = time.perf_counter() + 1.5
-        while time.perf_counter() < end:
-            pass
+        dist.destroy_process_group = late(dist.destroy_process_group)
     launch.stop()
+    return world
 
 
 if __name__ == "__main__":
-    main()
+    kept = main()  # the group's threads live on with it, as they do with DeepSpeed
