@@ -11,6 +11,7 @@ Where nothing is profiled, `begin` and `end` cost a comparison, and the clock ha
 are being profiled. Nothing that goes wrong here ends a run: it is told in one line.
 """
 
+import contextlib
 import gzip
 import json
 import os
@@ -35,7 +36,7 @@ from swiftv2.engine.clock import Clock
 from swiftv2.engine.collective import gather
 from swiftv2.engine.launch import World
 from swiftv2.engine.rundir import RunDirectory
-from swiftv2.engine.timeline import STEP, read_trace, summarise
+from swiftv2.engine.timeline import STEP, read_trace, summarise, too_large
 from swiftv2.errors import SwiftError
 from swiftv2.files import named, sync, write_file
 
@@ -119,6 +120,8 @@ class Profile:
         if self._steps is None:
             return
         first, last = self._steps
+        if self._running and step < first:
+            self._begin_again()
         if not self._running and step > last:
             self._give_up(f"train.profile={self._asked}: the run is past these steps: nothing is profiled")
             return
@@ -155,7 +158,17 @@ class Profile:
             # All ranks stop after the same step, so all of them are here.
             self._write()
         else:
-            self._stop()
+            with contextlib.suppress(RuntimeError):  # What ended the run is told, not what it did to the profiler.
+                self._stop()
+
+    def _begin_again(self) -> None:
+        """Drop what was recorded: training went back, and comes to these steps once more."""
+        steps = self._steps
+        self._stop()
+        self._steps, self._done = steps, {}
+        self._note(
+            f"train.profile={self._asked}: training went back before these steps: they are profiled when it is there again"
+        )
 
     def _give_up(self, why: str) -> None:
         self._steps = None
@@ -202,19 +215,16 @@ class Profile:
     def _write(self) -> None:
         """Write this rank's trace, the summary of all ranks and what `finished` makes (collective)."""
         self._at(max(self._done), "save")
-        run, world, profiler = _known(self._run), _known(self._world), self._stop()
+        run, world, summary = _known(self._run), _known(self._world), None
         folder = run.path / FOLDER / f"attempt_{run.attempt}"
-        summary = None
-        if profiler is not None:
-            try:
+        try:
+            profiler = self._stop()
+            if profiler is not None:
                 summary = self._told(profiler, folder / f"trace-rank-{world.rank}.json.gz")
-            except (OSError, SwiftError, RuntimeError) as error:
-                self._problem = _line(error)
-            else:
-                if world.device.type == "cuda" and summary["device"] is None:
-                    self._problem = (
-                        "no kernel of the GPU was recorded: KINETO_LOG_LEVEL=0 in the environment makes CUPTI say why"
-                    )
+        except Exception as error:  # noqa: BLE001 (whatever goes wrong with a profile, the run goes on, and the ranks meet below)
+            self._problem = _line(error)
+        if summary is not None and world.device.type == "cuda" and summary["device"] is None:
+            self._problem = "no kernel of the GPU was recorded: KINETO_LOG_LEVEL=0 in the environment makes CUPTI say why"
         told = gather((world.rank, summary, self._problem), world)
         if world.rank == 0:
             ranks = {str(rank): one for rank, one, _ in told if one is not None}
@@ -230,7 +240,7 @@ class Profile:
                 write_file(folder / "summary.json", json.dumps(values, indent=1) + "\n")
                 made = folder if self._finished is None else self._finished(folder)
                 run.event("profile", max(self._done), steps=sorted(self._done), path=folder.relative_to(run.path).as_posix())
-            except (OSError, SwiftError) as error:
+            except Exception as error:  # noqa: BLE001 (see above)
                 problems.append(_line(error))
         for problem in problems:
             self._note(f"profile of {steps}, which is not whole: {problem}")
@@ -247,6 +257,8 @@ class Profile:
             profiler.export_chrome_trace(str(plain))
             if not plain.is_file():
                 raise SwiftError(f"the profiler cannot write to {tempfile.gettempdir()}: make room there, or set TMPDIR")
+            # A damaged trace takes no name; one too large to be summed up is whole, and says so below.
+            events = None if too_large(plain) else read_trace(plain)
             try:
                 with named(path), plain.open("rb") as source, gzip.open(beside, "wb", compresslevel=5) as target:
                     shutil.copyfileobj(source, target, 2**20)
@@ -254,7 +266,7 @@ class Profile:
                 beside.replace(path)
             finally:
                 beside.unlink(missing_ok=True)
-            events = read_trace(plain)
+            events = read_trace(plain) if events is None else events
         return {"trace": path.name, "bytes": path.stat().st_size, **summarise(events, list(self._modules))}
 
     def _facts(self) -> dict[str, Any]:
@@ -277,7 +289,8 @@ def _line(error: Exception) -> str:
     """An error in one line, those of the system with the file."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error).partition("\n")[0]
+    text = str(error).partition("\n")[0]
+    return text if isinstance(error, SwiftError | RuntimeError) else f"{type(error).__name__}: {text}"
 
 
 def _known(value: Any) -> Any:

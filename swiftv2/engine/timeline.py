@@ -121,13 +121,18 @@ class _Open:
             self.told, self.cursor = True, end
 
 
+def too_large(path: Path) -> bool:
+    """Whether summing a trace up would take too much of the host's memory."""
+    return path.stat().st_size > _MOST_BYTES
+
+
 def read_trace(path: Path) -> list[Event]:
     """What lasted in a trace in Chrome's format.
 
     Raises:
         SwiftError: it is damaged, or so large that to read it would take the host's memory.
     """
-    if path.stat().st_size > _MOST_BYTES:
+    if too_large(path):
         size = path.stat().st_size / 1e9
         raise SwiftError(f"a trace of {size:.1f} GB is too large to be summed up: open it by itself, or profile fewer steps")
     try:

@@ -14,6 +14,7 @@ from swiftv2.config.base import Config
 from swiftv2.data.samples.clips import ClipIndex
 from swiftv2.data.store import layout
 from swiftv2.data.store.reader import Store
+from swiftv2.errors import SwiftError
 from swiftv2.files import write_file
 
 FILE = "datasheet.json"
@@ -50,7 +51,8 @@ def data_sheet(
 
     Returns:
         `store`, `version`, `generated`, `grid`, `voxels`; `cohorts`: for each that a part takes runs from, counts, hours, TR,
-        space, orientation, framewise displacement (mm) and temporal SNR; `refused`: files that the store refused, by reason,
+        space, orientation, framewise displacement (mm) and temporal SNR, and how many
+        of the runs looked at are unreadable; `refused`: files that the store refused, by reason,
         None where its report cannot be read; `withdrawn` runs; `too_short` runs; `leakage`: what parts have in common.
     """
     used = sorted({int(run) for part in parts if part.clips is not None for run in part.clips.run})
@@ -95,9 +97,20 @@ def _cohort(store: Store, indices: Sequence[int], clips: Mapping[str, Counter[in
         "resampled": sum(run.resampled for run in runs),
         "cleaned": sum(run.cleaned for run in runs),
         "looked_at": len(looked_at),
-        "framewise_displacement_mm": _quantiles(_displacement(store, index) for index in looked_at),
-        "temporal_snr": _quantiles(_temporal_snr(store, index) for index in looked_at if not store.runs[index].cleaned),
+        **_read(store, looked_at),
     }
+
+
+def _read(store: Store, indices: Sequence[int]) -> dict[str, Any]:
+    """What is read of runs themselves; what is damaged there, training may not need, and is counted."""
+    moved, ratios, unreadable = [], [], 0
+    for index in indices:
+        try:
+            moved.append(_displacement(store, index))
+            ratios += [] if store.runs[index].cleaned else [_temporal_snr(store, index)]
+        except SwiftError:
+            unreadable += 1
+    return {"unreadable": unreadable, "framewise_displacement_mm": _quantiles(moved), "temporal_snr": _quantiles(ratios)}
 
 
 def _counts(values: Iterable[str]) -> dict[str, int]:

@@ -34,10 +34,13 @@ class HeldOut:
     """Evaluates an objective on the clips of held-out subjects; called with the step, by all ranks.
 
     Every call writes `evaluation.json` and what is to be drawn into the run directory and returns the values that are logged.
+    Where nothing can be drawn, `tell` is told in a line, on all ranks.
     """
 
-    def __init__(self, config: PretrainConfig, data: Data, objective: Objective, world: World, run_dir: Path) -> None:
-        self.config, self.data = config, data
+    def __init__(
+        self, config: PretrainConfig, data: Data, objective: Objective, world: World, run_dir: Path, tell: Callable[[str], None]
+    ) -> None:
+        self.config, self.data, self.tell = config, data, tell
         self.objective, self.world, self.run_dir = objective, world, run_dir
         self.pictures = Pictures(config, data, objective, world, run_dir) if config.evaluate.pictures else None
 
@@ -52,10 +55,17 @@ class HeldOut:
         self.objective.eval()
         try:
             loss, share, left_out, scores, sums = self._score(tick)
-            if self.pictures is not None and sums is not None:
-                self.pictures.write(step, loss, scores, sums)
+            values = self._report(step, (loss, share, left_out), scores)
+            problem = None if self.pictures is None or sums is None else self.pictures.write(step, loss, scores, sums)
         finally:
             self.objective.train(was_training)
+        if problem is not None:
+            self.tell(f"step {step}: the pictures of the evaluation are not there: {problem}")
+        return values
+
+    def _report(self, step: int, whole: tuple[float, float, int], scores: FluctuationScore) -> dict[str, float]:
+        """Write `evaluation.json` (collective); the values that are logged."""
+        loss, share, left_out = whole
         report = scores.report(self.config.run.seed)
         groups = {name: dataclasses.asdict(score) for name, score in report.items()}
         content: dict[str, Any] = {

@@ -52,7 +52,7 @@ class Pictures:
         self.config, self.data, self.objective, self.world, self.run_dir = config, data, objective, world, run_dir
         self._read: list[Batch] | None = None
 
-    def write(self, step: int, loss: float, scores: FluctuationScore, sums: maps.VoxelSums) -> None:
+    def write(self, step: int, loss: float, scores: FluctuationScore, sums: maps.VoxelSums) -> str | None:
         """Draw the fixed clips, and write all under `figures/` (collective); the objective is in evaluation mode.
 
         Args:
@@ -61,10 +61,20 @@ class Pictures:
             scores: of all ranks: they tell the subjects of each cohort.
             sums: by voxel, of all ranks.
 
-        Raises:
-            SwiftError: on every rank, where rank 0 cannot read or write.
+        Returns:
+            Why they could not be read or written, on every rank: no picture is worth a run. None where they are there.
         """
-        on_first(lambda: self._write(step, loss, scores, sums), self.world)
+
+        def attempt() -> str | None:
+            try:
+                self._write(step, loss, scores, sums)
+            except SwiftError as error:
+                return str(error)
+            except OSError as error:
+                return f"{error.filename or self.run_dir}: {error.strerror}"
+            return None
+
+        return on_first(attempt, self.world)
 
     def _write(self, step: int, loss: float, scores: FluctuationScore, sums: maps.VoxelSums) -> None:
         store, settings = self.data.store, self.config.evaluate

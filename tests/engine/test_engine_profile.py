@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 ENGINE = EngineConfig(backend="plain", device="cpu", precision="fp32")
 
 
-def _train(path: Path, asked: str | None, max_steps: int = 8) -> Toy:
+def _train(path: Path, asked: str | None, max_steps: int = 8, finished: Callable[[Path], Path] | None = None) -> Toy:
     module = Toy()
     train = TrainConfig(max_steps=max_steps, global_batch=8, save_every=4, evaluate_every=4, profile=asked)
     with (
@@ -50,7 +51,7 @@ def _train(path: Path, asked: str | None, max_steps: int = 8) -> Toy:
             schedule=ScheduleConfig(warmup_steps=2),
             peak_lr=1e-2,
             seed=0,
-            profile=Profile(asked, run, ALONE, {"first": module.first, "second": module.second}),
+            profile=Profile(asked, run, ALONE, {"first": module.first, "second": module.second}, finished),
         )
     return module
 
@@ -124,6 +125,29 @@ def test_a_profile_that_cannot_be_written_is_told_and_the_run_goes_on(
     told = [line for line in capsys.readouterr().err.splitlines() if "profile of" in line]
     assert len(told) == 1
     assert f"profile of steps 3 to 4, which is not whole: rank 0: {tmp_path}/run/profile" in told[0]
+
+
+def test_whatever_goes_wrong_with_a_profile_the_run_goes_on(
+    profiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def page(folder: Path) -> Path:
+        raise KeyError(folder.name)
+
+    _train(tmp_path / "run", "steps:3-4", finished=page)
+    assert _losses(tmp_path / "run") == _losses(profiled)
+    assert "profile of steps 3 to 4, which is not whole: KeyError: 'attempt_1'" in capsys.readouterr().err
+
+
+def test_a_profile_begins_again_where_training_goes_back(tmp_path: Path) -> None:
+    told: list[str] = []
+    with RunDirectory.open(tmp_path / "run", "x: 1\n", ALONE) as run:
+        profile = Profile("steps:5-6", run, ALONE).telling(told.append)
+        for step in (4, 5, 2, 3, 4, 5, 6, 7):
+            profile.begin(step)
+            torch.ones(2).add_(1)
+            profile.end(step)
+    assert _summary(tmp_path / "run" / "profile" / "attempt_1")["steps"] == [5, 6]
+    assert "went back" in told[0]
 
 
 def test_steps_that_are_passed_or_not_reached_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,7 +89,26 @@ def test_what_a_former_attempt_did_not_count_is_not_known(tmp_path: Path) -> Non
     path = tmp_path / "metrics.jsonl"
     rows = [{k: v for k, v in row.items() if not k.startswith("total/")} for row in read_lines(path)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    events = [{k: v for k, v in row.items() if k != "totals"} for row in read_lines(tmp_path / "events.jsonl")]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in events))
     assert not [key for key in _fit(tmp_path, 5)[-1] if key.startswith("total/")]
+
+
+def test_a_line_of_an_evaluation_alone_loses_nothing(tmp_path: Path) -> None:
+    _fit(tmp_path, 3)
+    with RunDirectory.open(tmp_path, "x: 1\n", ALONE) as run:
+        # What an attempt writes that only makes up for the evaluation that a stop cut off.
+        run.metrics(3, {"heldout/loss": 0.5})
+    assert _fit(tmp_path, 5)[-1]["total/flops"] == 5 * 800.0
+
+
+def test_hours_hold_what_came_after_the_last_line(tmp_path: Path) -> None:
+    row = _fit(tmp_path, 2)[-1]
+    event = read_lines(tmp_path / "events.jsonl")[-1]
+    assert event["event"] == "finished"
+    assert event["totals"]["total/cpu_hours"] > row["total/cpu_hours"], "the last save is paid too"
+    with RunDirectory.open(tmp_path, "x: 1\n", ALONE) as run:
+        assert Totals(run, ALONE).values()["total/cpu_hours"] >= event["totals"]["total/cpu_hours"]
 
 
 def test_joules_become_kilowatt_hours_and_unknown_ones_nothing(tmp_path: Path) -> None:

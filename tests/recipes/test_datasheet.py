@@ -1,6 +1,7 @@
 """What a run says of its data: counts that agree with the store, leaks that are found, and nobody's name."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,19 @@ def test_a_sheet_counts_what_the_run_takes(store: Store, generated_store: Path, 
     assert sheet["leakage"]["subjects"] == 0
     assert sheet["leakage"]["families"] == 0
     assert sheet["refused"] == {}
+
+
+def test_what_cannot_be_read_of_a_run_is_counted_and_refuses_nothing(generated_store: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store.zarr"
+    shutil.copytree(generated_store, store)
+    chunk = max((path for path in store.rglob("*") if path.is_file() and "voxel_mean/c" in path.as_posix()), key=str)
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 3 : len(content) // 3 + 64] = bytes(64)
+    chunk.write_bytes(content)
+    config = _config(store, tmp_path / "run")
+    cohort = sheet_of(config, open_data(config))["cohorts"]["generated"]
+    assert cohort["unreadable"] > 0
+    assert cohort["temporal_snr"] is None or cohort["temporal_snr"]["runs"] == cohort["runs"] - cohort["unreadable"]
 
 
 def test_planted_leaks_are_counted(store: Store) -> None:

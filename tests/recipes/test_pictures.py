@@ -47,7 +47,7 @@ def evaluate(config: PretrainConfig, world: World, steps: tuple[int, ...] = (1,)
     data = open_data(config)
     data.store.generated = data.store.generated and not as_real
     objective = Objective(config, torch.as_tensor(data.store.voxels).long(), data.store.grid.shape)
-    heldout = HeldOut(config, data, objective, world, config.run.dir)
+    heldout = HeldOut(config, data, objective, world, config.run.dir, print)
     for step in steps:
         heldout(step)
 
@@ -181,3 +181,13 @@ def test_a_voxel_that_one_subject_fills_is_shown_of_no_group() -> None:
     units = (torch.ones(5, 1, 1), torch.zeros(5, 1, 1))
     sums.update({"model": target, "visible_mean": target}, target, counted, [0] * 5, [1.0] * 5, [True] * 5, units)
     assert maps.shown(sums.cohort(0), maps.FEWEST_SUBJECTS).tolist() == [True, False]
+
+
+def test_pictures_that_cannot_be_written_cost_themselves_alone(
+    generated_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configured(generated_store, tmp_path / "run", 4)
+    (tmp_path / "run" / "figures").write_text("in the way")
+    evaluate(config, ALONE)
+    assert "step 1: the pictures of the evaluation are not there" in capsys.readouterr().out
+    assert (tmp_path / "run" / "evaluation.json").is_file(), "the scores stand"

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from dataclasses import asdict
 from typing import Any, TextIO
 
@@ -18,6 +19,10 @@ MOST_ERRORS = 5
 """Errors one after the other after which a tracker is taken for gone."""
 _HIDDEN = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIALS")
 _SHORTEST_SECRET = 6
+_LONGEST_PROBLEM = 300
+_ORPHAN_SECONDS = 60.0
+"""Beyond `close_seconds`, for what a run that is gone has left: a library may still be at its imports."""
+_LOOK_SECONDS = 1.0
 
 
 def main() -> int:
@@ -30,8 +35,9 @@ def main() -> int:
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     values = json.loads(sys.stdin.readline())
-    limit = float(values.pop("close_seconds"))
+    limit, parent = float(values.pop("close_seconds")), int(values.pop("parent"))
     order = Order(**values)
+    threading.Thread(target=_outlive, args=(parent, limit + _ORPHAN_SECONDS), daemon=True).start()
     try:
         tracker = open_tracker(order)
     except BaseException as error:  # noqa: BLE001 (libraries raise what they like, SystemExit too)
@@ -55,7 +61,7 @@ def _serve(tracker: Tracker, answers: TextIO, limit: float) -> int:
             continue
         failed = 0
         _say(answers, taken=1)
-    # Whoever started this may be gone: nobody else would end a library that hangs.
+    # Whoever started this may have given up: nobody else would end a library that hangs.
     threading.Timer(limit, _end, (1,)).start()
     try:
         tracker.close()
@@ -64,6 +70,14 @@ def _serve(tracker: Tracker, answers: TextIO, limit: float) -> int:
         return 1
     _say(answers, closed=True)
     return 0
+
+
+def _outlive(parent: int, seconds: float) -> None:
+    """End this process so long after the run's: where a library hangs, nobody else would."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_SECONDS)
+    time.sleep(seconds)
+    _end(1)
 
 
 def _end(status: int) -> int:
@@ -84,16 +98,16 @@ def _say(answers: TextIO, **values: Any) -> None:
 
 def _told(error: BaseException) -> str:
     """An error in one line, without any secret of the environment."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     for name, value in os.environ.items():
         if name.upper().endswith(_HIDDEN) and len(value) >= _SHORTEST_SECRET:
             text = text.replace(value, "***")
-    return text
+    return text[:_LONGEST_PROBLEM]
 
 
 def ordered(order: Order, close_seconds: float) -> str:
     """The first line of the input."""
-    return json.dumps({**asdict(order), "close_seconds": close_seconds}) + "\n"
+    return json.dumps({**asdict(order), "close_seconds": close_seconds, "parent": os.getpid()}) + "\n"
 
 
 if __name__ == "__main__":

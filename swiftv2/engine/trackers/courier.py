@@ -18,6 +18,8 @@ from swiftv2.engine.trackers.tracker import TOKENS, Order
 
 _START_SECONDS = 60.0
 """Beyond `connect_seconds`, for imports on a slow file system."""
+_KILLED_SECONDS = 2.0
+"""How long a killed process is waited for."""
 
 
 class Courier:
@@ -88,7 +90,8 @@ class Courier:
             self.problem = f"did not end within tracking.close_seconds={self._config.close_seconds:g}"
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # A file system that is away holds even a killed process.
+            self._process.wait(_KILLED_SECONDS)
         if late:
             self._tell(f"{self.order.name} {self.problem}; {unsent} lines were not sent")
 

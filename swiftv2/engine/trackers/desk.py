@@ -54,7 +54,7 @@ class Trackers:
                 self._couriers.append(Courier(order, config, self._note))
             except OSError as error:  # No memory or no more processes: the run does without.
                 self._note(f"{name} is not told: its process cannot be started: {error}")
-        with contextlib.suppress(SwiftError):  # A full disk is for the run's own files to tell.
+        with contextlib.suppress(SwiftError, OSError):  # A full disk is for the run's own files to tell.
             self._document()
         run.listeners.append(self._line)
 
@@ -73,7 +73,7 @@ class Trackers:
             courier.end()
         for courier in self._couriers:
             courier.wait(until)
-        with contextlib.suppress(SwiftError):
+        with contextlib.suppress(SwiftError, OSError):
             self._document()
         self._couriers.clear()
 

@@ -80,6 +80,12 @@ def _notes(sheet: Mapping[str, Any]) -> list[Element]:
     looked = [cohort for cohort in sheet["cohorts"].values() if cohort["looked_at"] < cohort["runs"]]
     notes = ["Displacement is the mean of a run, here the median over runs (and the 90th percentile)."]
     notes += ["Displacement and SNR are of some runs of each cohort, spread evenly over it."] if looked else []
+    unreadable = sum(cohort.get("unreadable", 0) for cohort in sheet["cohorts"].values())
+    notes += (
+        [f"{counted(unreadable, 'run')} of those looked at could not be read: `swiftv2 store verify` tells more."]
+        if unreadable
+        else []
+    )
     changed = {
         "resampled onto the grid": sum(cohort["resampled"] for cohort in sheet["cohorts"].values()),
         "cleaned before": sum(cohort["cleaned"] for cohort in sheet["cohorts"].values()),

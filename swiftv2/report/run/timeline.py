@@ -40,7 +40,7 @@ _LANES: Mapping[str, tuple[str, str, frozenset[str]]] = {
     "save": (COLOURS[2], "circle", frozenset({"saved"})),
     "evaluation": (COLOURS[0], "diamond", frozenset({"evaluation"})),
 }
-_HIDDEN = {"step", "attempt", "time", "event"}
+_HIDDEN = {"step", "attempt", "time", "event", "totals"}
 _MOST_ROWS = 2000
 """Of the table; saves go first where there are more."""
 _MOST_CHARACTERS = 240

@@ -20,6 +20,7 @@ from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.config.tracking import TrackingConfig
 from swiftv2.engine.launch import World
 from swiftv2.engine.rundir import RunDirectory
+from swiftv2.engine.trackers import clerk
 from swiftv2.engine.trackers.courier import Courier
 from swiftv2.engine.trackers.desk import Trackers
 from swiftv2.engine.trackers.tracker import Order, check
@@ -210,6 +211,22 @@ def test_a_tracker_that_cannot_be_started_costs_itself_alone(tmp_path: Path, mon
     assert "tensorboard is not told: its process cannot be started" in told[0]
 
 
+def test_a_document_that_cannot_be_written_fails_no_run(tmp_path: Path) -> None:
+    (tmp_path / "run" / "trackers.json").mkdir(parents=True)
+    (tmp_path / "run" / "trackers.json" / "in the way").write_text("")
+    (tmp_path / "run" / "config.yaml").write_text("run: {}\n")
+    _attempt(tmp_path, _config(tmp_path), range(1, 4))
+    assert not [row for row in read_lines(tmp_path / "run" / "events.jsonl") if row["event"] == "failed"]
+    assert not list((tmp_path / "run").glob(".trackers.json*")), "nor does what could not be put there stay"
+
+
+def test_no_part_of_a_secret_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    told = clerk._told(OSError("x" * (clerk._LONGEST_PROBLEM - len("OSError: ") - len(SECRET) // 2) + SECRET))
+    assert SECRET[:4] not in told
+    assert len(told) <= clerk._LONGEST_PROBLEM
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "neptune", "wandb"])
 def test_a_full_disk_is_told_and_costs_the_run_nothing(tmp_path: Path, name: str) -> None:
     told: list[str] = []
@@ -262,6 +279,28 @@ def test_a_killed_run_leaves_no_process_and_its_last_lines(tmp_path: Path) -> No
     board = EventAccumulator(str(tmp_path / "board"))
     board.Reload()
     assert [event.step for event in board.Scalars("loss")] == list(range(1, 21))
+
+
+def test_a_tracker_that_hangs_does_not_outlive_a_killed_run_for_long(tmp_path: Path) -> None:
+    script = tmp_path / "clerk.py"
+    script.write_text(
+        "import time\n"
+        "from swiftv2.engine.trackers import clerk\n"
+        "clerk._ORPHAN_SECONDS, clerk._LOOK_SECONDS = 0.5, 0.05\n"
+        "clerk.open_tracker = lambda order: time.sleep(600)\n"
+        "clerk.main()\n"
+    )
+    # A shell stands for the run: it ends at once, while its child has the order and an input that stays open.
+    order = clerk.ordered(_order(tmp_path), 0.5)
+    line = json.dumps(json.loads(order) | {"parent": "PARENT"}).replace('"PARENT"', "$$")
+    served = f"{sys.executable} {script} >/dev/null 2>&1"
+    words = f"{{ cat <<END; sleep 6; }} 2>/dev/null | {served} & echo $!; sleep 2\n{line}\nEND\n"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, timeout=60, check=False)
+    pid = int(done.stdout.split()[0])
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def test_other_ranks_tell_nobody(tmp_path: Path) -> None:
