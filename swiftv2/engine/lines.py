@@ -8,7 +8,6 @@ from swiftv2.engine.checkpoint import TrainerState
 from swiftv2.engine.launch import World
 from swiftv2.engine.meter import Meter
 from swiftv2.engine.rundir import RunDirectory
-from swiftv2.engine.totals import Totals
 
 
 def greeting(run: RunDirectory, state: TrainerState, world: World) -> str:
@@ -32,7 +31,7 @@ def is_logged(state: TrainerState, train: TrainConfig, values: Mapping[str, floa
     return due or improved or bool(values.get("skipped"))
 
 
-def values_of(result: StepResult, rate: float, state: TrainerState, meter: Meter, totals: Totals) -> dict[str, float]:
+def values_of(result: StepResult, rate: float, state: TrainerState, meter: Meter) -> dict[str, float]:
     """What is known after a step; figures that cannot be known are not there."""
     ratio = result.loss_ratio
     return {
@@ -43,5 +42,4 @@ def values_of(result: StepResult, rate: float, state: TrainerState, meter: Meter
         "skipped": result.refused is not None,
         **meter.values(state.step),
         "clips_left_out": float(len(state.exclusions)),
-        **totals.values(),
     }

@@ -189,7 +189,7 @@ class _Training:
         while True:
             improved = evaluate is not None and self.evaluate(evaluate, best_metric)
             if is_logged(self.state, train, self.values, improved=improved):
-                run.metrics(self.state.step, self.values)
+                run.metrics(self.state.step, self.values | self.totals.values())
                 self.meter.told()
             agreed = self.agree()
             if self.refusals.hopeless(self.state):
@@ -201,10 +201,10 @@ class _Training:
             self.step()
         self.finish_save(last=True)
         if done:
-            run.event("finished", self.state.step)
+            run.event("finished", self.state.step, totals=self.totals.values())
         else:
             name = describe(agreed.stop)
-            run.event("stopped", self.state.step, signal=name)
+            run.event("stopped", self.state.step, signal=name, totals=self.totals.values())
             self.parts.progress.note(f"stopped after step {self.state.step} ({name}): run the same command to go on")
         return FitResult(self.state.step, self.state.samples, not done, self.folder, self.values)
 
@@ -324,7 +324,7 @@ class _Training:
             if report["slow"]:
                 self.parts.run.event("slow", step, **report)
                 self.parts.progress.note(f"step {step}: slow ranks: {report['slow']}")
-        self.values = values_of(result, rate, self.state, self.meter, self.totals)
+        self.values = values_of(result, rate, self.state, self.meter)
         self.parts.progress.update(step, self.values)
 
     def _forward_backward(self, step: int, *, compute: bool) -> None:

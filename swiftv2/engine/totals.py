@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from swiftv2.engine.launch import World
 from swiftv2.engine.rundir import RunDirectory
@@ -18,10 +19,11 @@ _SUMS = {
 
 
 class Totals:
-    """Device-hours, FLOPs, brain tokens and energy, carried on from the last line that a former attempt has written.
+    """Device-hours, FLOPs, brain tokens and energy, carried on from the last that a former attempt has written.
 
-    Steps that are done again after a kill are paid twice and count twice. What a killed attempt did after its last line is
-    lost. Hours run from the attempt's `start` event on: data, evaluations and saves are part of them.
+    They stand in lines of metrics and in the events `stopped` and `finished`. Steps that are done again after a kill are paid
+    twice and count twice. What a killed attempt did after its last line is lost. Hours run from the attempt's `start` event on:
+    data, evaluations and saves are part of them.
     """
 
     def __init__(self, run: RunDirectory, world: World) -> None:
@@ -29,8 +31,11 @@ class Totals:
         self._devices = world.size
         self._sums: dict[str, float] = {}
         rows = read_lines(run.path / "metrics.jsonl") if world.rank == 0 else []
-        self._before = {k: float(v) for k, v in (rows[-1] if rows else {}).items() if k.startswith(PREFIX) and v is not None}
         events = read_lines(run.path / "events.jsonl") if world.rank == 0 else []
+        written = [row | row.get("totals", {}) for row in (*rows, *events)]
+        known = [row for row in written if any(key.startswith(PREFIX) for key in row)]
+        last: dict[str, Any] = max(known, key=lambda row: (row["attempt"], row["time"]), default={})
+        self._before = {k: float(v) for k, v in last.items() if k.startswith(PREFIX) and v is not None}
         starts = [row["time"] for row in events if row["event"] == "start" and row["attempt"] == run.attempt]
         self._began = time.monotonic() - max(0.0, time.time() - starts[-1] if starts else 0.0)
         # Where a former attempt did not know a sum, the whole does not become known by this one.
