@@ -29,8 +29,8 @@ class TrackingConfig(Config):
     """Seconds that a tracker may take to begin, beside training; then the run goes on without it."""
     queue: PositiveInt = 1000
     """Lines of metrics that may wait for a tracker; where more do, the oldest are dropped and counted."""
-    close_seconds: NonNegativeFloat = 10.0
-    """Seconds that all trackers together get at the end of a run to take what waits."""
+    close_seconds: NonNegativeFloat = 5.0
+    """Seconds that all trackers together get at the end of a run to take what waits; below a time limit ten are left for all of that end."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
