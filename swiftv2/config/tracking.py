@@ -30,7 +30,7 @@ class TrackingConfig(Config):
     queue: PositiveInt = 1000
     """Lines of metrics that may wait for a tracker; where more do, the oldest are dropped and counted."""
     close_seconds: NonNegativeFloat = 5.0
-    """Seconds that all trackers together get at the end of a run to take what waits; below a time limit ten are left for all of that end."""
+    """Seconds that all trackers together get at the end of a run to take what waits; a time limit leaves ten for the end."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
