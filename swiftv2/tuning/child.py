@@ -33,6 +33,8 @@ _OF_LAUNCHERS = (
 )
 _OF_STEPS = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP", "SLURM_NTASKS", "SLURM_TASKS_PER_NODE", "SLURM_NODEID")
 _USAGE = 2
+_ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that ask to stop."""
 Row = tuple[int, float]
 
 
@@ -152,7 +154,9 @@ class Child:
         if status in {1, _USAGE} and not started and not self._told:
             return Ended("failed", reason=self._complaint() or f"exit status {status}: see {self.log}")
         # Told by this worker, by Slurm, or by the clock of its job: before it began, while it ran, or while it was judged.
-        if self._told or status == STOPPED_EARLY or any(row["event"] == "stopped" for row in new):
+        # Slurm tells all processes of a step at once; one that leaves already does not listen any more, and dies of it.
+        asked = self._told or status == STOPPED_EARLY or -status in _ASKING
+        if asked or any(row["event"] == "stopped" for row in new):
             return Ended("stopped", reason=f"exit status {status}")
         ended = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
         return Ended("lost", reason=f"{self._complaint() or ended} (see {self.log})")

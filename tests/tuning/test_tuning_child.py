@@ -25,6 +25,7 @@ with (run / "events.jsonl").open("a") as stream:
         # A signal that comes between the last step and the result: nothing is lost, the same command goes on.
         (["start", "finished"], "sys.exit(75)", "stopped"),
         ([], "sys.exit(75)", "stopped"),
+        (["start", "finished"], "os.kill(os.getpid(), signal.SIGUSR1)", "stopped"),
         (["start", "finished"], "os.kill(os.getpid(), signal.SIGKILL)", "lost"),
         (["start"], "sys.exit(1)", "lost"),
         ([], "sys.exit(2)", "failed"),
