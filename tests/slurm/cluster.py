@@ -294,8 +294,15 @@ class Cluster:
             self._clear(node)
             self._start_node(node)
             self._until(lambda: not self.node_state(node).endswith("*"), 30, f"{node} did not come back")
-        if self.node_state(node).startswith(("down", "drain")):
-            self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+
+        def takes_jobs() -> bool:
+            if not self.node_state(node).startswith(("down", "drain")):
+                return True
+            # Slurm may take it back by itself meanwhile, and then refuses the word.
+            self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+            return False
+
+        self._until(takes_jobs, 30, f"{node} takes no jobs")
 
     def _clear(self, node: str) -> None:
         while left := self.processes(node=node):
