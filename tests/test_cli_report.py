@@ -89,6 +89,9 @@ STATES: dict[str, dict[str, Any]] = {
     "evaluation without R2": {"evaluation.json": {"step": 1, "groups": {"all": {"methods": {"model": {"r2": None}}}}}},
     "one held-out subject": {"evaluation.json": evaluation(0.3, -0.1, subjects=1)},
     "odd names": {"evaluation.json": evaluation(0.3, -0.1, cohorts=(EVIL, "two"))},
+    "numbers of something else": {"metrics.jsonl": TORN.replace('"mfu": 0.31', '"mfu": "x", "total/flops": NaN')},
+    "events of something else": {"events.jsonl": f'{START}\n[1]\n3\n{{"event": "saved", "time": 1e300, "step": "x"}}\n'},
+    "damaged trackers": {"trackers.json": "{"},
     "damaged settings": {"config.yaml": "a: [1\n"},
     "settings of something else": {"config.yaml": "- 1\n"},
     "odd environment": {"environment.json": {"git": 3, "packages": [], "command": "x", "world_size": "many"}},
@@ -139,3 +142,23 @@ def test_shared_pages_name_no_host_user_or_folder(tmp_path: Path, capsys: pytest
         assert secret not in shared.replace(shared[shared.index("plotly.js v") : shared.rindex("<script>")], "")
     assert "cohort.zarr" in shared
     assert "configs/pretrain/demo.yaml" in shared
+
+
+def test_nothing_that_names_a_place_or_a_person_is_shared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = "../hidden-place/cohort.zarr"
+    failed = json.loads(FAILED) | {
+        "problem": "rank 3 on nid009999 cannot read /mnt/Lab Data/hidden-place/x.zarr, ~eve/hidden-place/y, "
+        "$SCRATCH/hidden-place/z or https://hidden-place.example/v: J\u00fcrgen's /p/j\u00fcrgen/hidden-place/w"
+    }
+    environment = {"command": ["swiftv2", "pretrain", "x.yaml", f"data.store={store}"], "folder": "/pscratch/sd/e/eve/code"}
+    made = {"environment.json": environment, "events.jsonl": f"{START}\n{json.dumps(failed)}\n"}
+    runs = [
+        write_run(tmp_path / name / "run", made=made, data={"store": store}) for name in ("hidden-place-1", "hidden-place-2")
+    ]
+    answers(capsys, str(runs[0]), str(runs[1]), "--share", "--out", str(tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text()
+    shared = page.replace(page[page.index("plotly.js v") : page.rindex("<script>")], "")
+    for secret in ("hidden-place", "nid009999", "eve/", str(tmp_path)):
+        assert secret not in shared
+    for kept in ("cohort.zarr", "x.zarr", "run (1)", "run (2)"):
+        assert kept in shared

@@ -51,6 +51,14 @@ def test_a_real_run_is_drawn_from_a_file_without_complaint_or_request(browser: P
     assert browser.requests() == []
 
 
+def test_charts_of_a_shared_page_are_drawn_whatever_users_are_called(browser: Page, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=200, data={"store": "/home/line/of/text/cohort.zarr"})
+    assert main(["report", str(run), "--share", "--out", str(tmp_path / "page.html")]) == 0
+    browser.open(tmp_path / "page.html")
+    assert browser.look_through() == browser.run("return document.querySelectorAll('[data-chart]').length") >= 3
+    assert browser.complaints() == []
+
+
 def test_thousands_of_steps_are_drawn_with_their_peaks(browser: Page, long_page: Path) -> None:
     browser.open(long_page)
     browser.wait(f"return {LOSS}.dataset.drawn", 30) if browser.run(f"{LOSS}.scrollIntoView()") is None else None

@@ -47,9 +47,47 @@ def test_cohorts_that_copying_wins_are_named(tmp_path: Path) -> None:
 
 
 def test_without_an_evaluation_nothing_is_claimed(tmp_path: Path) -> None:
-    found = judged(tmp_path, learned, evaluation_json=None)
+    young = "".join(json.dumps(row) + "\n" for row in rows(30))
+    found = judged(tmp_path / "young", learned, evaluation_json=None, metrics_jsonl=young)
     assert (found.mark, found.word) == ("unknown", "cannot be told")
     assert "step 100" in found.says
+    found = judged(tmp_path / "lost", learned, evaluation_json=None)
+    assert found.mark == "unknown"
+    assert "evaluation.json is missing" in found.says, "it was judged: its metrics say so"
+
+
+def test_leaks_take_the_answer_back(tmp_path: Path) -> None:
+    leakage = {"subjects": 12, "families": None, "files": 0, "families_known": 0}
+    found = judged(tmp_path, learned, datasheet_json={"leakage": leakage})
+    assert (found.mark, found.word) == ("bad", "cannot be believed")
+    assert "subjects in two parts: 12 subjects" in found.says
+
+
+def test_a_damaged_data_sheet_leaves_no_clean_answer(tmp_path: Path) -> None:
+    found = judged(tmp_path, learned, datasheet_json='{"leakage": ')
+    assert found.mark == "unknown"
+    assert "Leaks cannot be looked for" in found.notes[-1]
+
+
+def test_an_undefined_metric_hides_no_leak_and_no_other_result(tmp_path: Path) -> None:
+    def target(value: float | None) -> dict[str, Any]:
+        low = None if value is None else value - 0.1
+        return {
+            "kind": "classification",
+            "classes": ["0", "1"],
+            "test": {"metrics": {"auroc": {"value": value, "low": low, "high": 1.0}}},
+        }
+
+    result = {"targets": {"sex": target(0.8), "site": target(None)}}
+    found = judged(tmp_path / "clean", learned, result_json=result)
+    assert (found.word, found.notes) == ("yes", ("site: auroc on test subjects is not defined.",))
+    seen = {**result, "overlap": {"known": True, "counted": 8, "asked": 11, "why": None}}
+    assert judged(tmp_path / "seen", learned, result_json=seen).word == "cannot be believed"
+    undeclared = {**result, "overlap": {"known": False, "counted": 0, "asked": 11, "why": "no hashes"}}
+    assert (
+        "Not known: subjects that the weights were trained on."
+        in judged(tmp_path / "no", learned, result_json=undeclared).notes
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,6 +138,43 @@ def test_waiting_for_data_and_clips_left_out_are_told(tmp_path: Path) -> None:
     assert found.notes == ("2 clips left out.", "It waits for data 50% of the time: see the throughput below.")
 
 
+def test_outages_are_part_of_the_time(tmp_path: Path) -> None:
+    # Of steps that the meter reckons without the outage.
+    made = [{**row, "seconds/data": 300.0, "seconds/step": 301.0, "step_seconds": 1.0} for row in rows(300)]
+    found = judged(tmp_path, health, metrics_jsonl="".join(json.dumps(row) + "\n" for row in made))
+    assert "It waits for data 100% of the time: see the throughput below." in found.notes
+
+
+def test_an_interrupt_is_no_failure(tmp_path: Path) -> None:
+    lines = event("start", 0) + event("failed", 9, error="KeyboardInterrupt") + event("start", 10) + event("resumed", 11)
+    assert judged(tmp_path, health, events_jsonl=lines).word == "yes"
+
+
+def test_damaged_lines_are_counted_and_the_others_told(tmp_path: Path) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in rows(100)).splitlines()
+    lines[50:53] = ["{", "[1]", '{"step": null, "attempt": 1, "time": 1}']
+    run = read_run(write_run(tmp_path / "run", made={"metrics.jsonl": "\n".join(lines) + "\n"}))
+    assert [row["step"] for row in run.metrics] == [*range(1, 51), *range(54, 101)]
+    assert run.damaged == (f"{run.path / 'metrics.jsonl'}: 3 lines left out, which cannot be read, the first of them line 51",)
+
+
+def test_steps_of_a_killed_attempt_do_not_count_until_they_are_made_again(tmp_path: Path) -> None:
+    again = [{**row, "attempt": 2, "time": row["time"] + 1000, "loss": 0.5} for row in rows(260) if row["step"] > 200]
+    lines = "".join(json.dumps(row) + "\n" for row in [*rows(300), *again])
+    resumed = json.dumps({"step": 200, "attempt": 2, "time": BEGAN + 1100, "event": "resumed"}) + "\n"
+    files = {"metrics.jsonl": lines, "events.jsonl": event("start", 0) + resumed}
+    run = read_run(write_run(tmp_path / "run", made=files))
+    assert (run.last("step"), run.last("loss")) == (260, 0.5)
+    assert len(run.metrics) == 260
+
+
+def test_a_run_that_was_to_go_on_has_not_finished(tmp_path: Path) -> None:
+    lines = event("start", 0) + event("finished", 300) + event("start", 301)
+    found = judged(tmp_path, resumes, {"state": "dead", "checkpoint": WHOLE}, events_jsonl=lines)
+    assert "20 steps would be done again" in found.says
+    assert judged(tmp_path / "unasked", resumes, events_jsonl=lines).word == "not yet"
+
+
 def test_a_dead_run_is_not_healthy(tmp_path: Path) -> None:
     found = judged(tmp_path, health, {"state": "failed", "why": "the disk is full"})
     assert found.mark == "bad"
@@ -124,7 +199,16 @@ def test_resuming_tells_what_would_be_lost(tmp_path: Path) -> None:
 
 def test_a_damaged_or_missing_checkpoint_is_told(tmp_path: Path) -> None:
     damaged = {**WHOLE, "whole": False, "problem": "state is short"}
-    assert judged(tmp_path / "a", resumes, {"checkpoint": damaged}).mark == "bad"
+    found = judged(tmp_path / "a", resumes, {"checkpoint": damaged})
+    assert (found.mark, found.word) == ("bad", "no")
+    assert "a start would begin at step 0" in found.says
+    older = tmp_path / "c" / "run" / "checkpoints" / "step_200"
+    run = write_run(tmp_path / "c" / "run")
+    older.mkdir(parents=True)
+    (older / "manifest.json").write_text("{}")
+    found = resumes(read_run(run, standing={"checkpoint": damaged}))
+    assert found.word == "from an older one"
+    assert "step 200" in found.says
     found = judged(tmp_path / "b", resumes, {"checkpoint": None}, resume_sh=None)
     assert (found.mark, found.word) == ("look", "not yet")
     assert "no resume.sh" in found.notes[0]
