@@ -4,7 +4,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,25 +80,35 @@ def lives(holder: Holder) -> bool | None:
     return process_start(holder.pid) == holder.started
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path, damaged: list[int] | None = None) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file; a last line that a kill has torn is left out.
 
+    Args:
+        path: the file; one that is not there has no lines.
+        damaged: takes the numbers of other lines that are no JSON object, which then are left out; None: they are refused.
+
     Raises:
-        SwiftError: another line is no JSON object; the message names it.
+        SwiftError: a line is no JSON object; the message names it.
     """
     if not path.exists():
         return []
     rows = []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
         try:
-            row = json.loads(line) if line else None
-        except ValueError as error:
+            row = json.loads(line)
+        except ValueError:
             if number == len(lines):
                 break
-            raise SwiftError(f"{path}: line {number} is damaged") from error
-        if row is not None:
+            row = None
+        if isinstance(row, dict):
             rows.append(row)
+        elif damaged is None:
+            raise SwiftError(f"{path}: line {number} is damaged")
+        else:
+            damaged.append(number)
     return rows
 
 
@@ -107,8 +117,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     An evaluation that was made up for stands in a line of its own.
     """
+    return by_step(read_lines(path))
+
+
+def by_step(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of metrics by step, see `read_metrics`."""
     last: dict[int, dict[str, Any]] = {}
-    for row in read_lines(path):
+    for row in rows:
         former = last.get(row["step"], row)
         if row["attempt"] >= former["attempt"]:
             last[row["step"]] = former | row

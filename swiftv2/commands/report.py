@@ -4,6 +4,7 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def _report(arguments: argparse.Namespace) -> int:
     began = time.perf_counter()
     paths = list(dict.fromkeys(path.resolve() for path in arguments.run_dirs))
     now = time.time()
-    runs = [read_run(path, name, _standing(path, now)) for path, name in zip(paths, _names(paths), strict=True)]
+    read = [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    runs = [replace(run, standing=_standing(run.path, now)) for run in read]
     out = arguments.out or (paths[0] / NAME if len(paths) == 1 else Path(NAME))
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder: give the name of a file")
@@ -73,5 +75,5 @@ def _standing(path: Path, now: float) -> dict[str, Any]:
     """How a run stands by its directory alone: Slurm is not asked, since a page is read later; empty where none can tell."""
     try:
         return stand(read_traces(path), None, now, "Slurm was not asked").to_dict()
-    except (SwiftError, KeyError, TypeError, ValueError, AttributeError):
+    except (SwiftError, OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return {}

@@ -37,6 +37,7 @@ class ProgressLine:
         self._bar: Progress | None = None
         self._printed: datetime | None = None
         self._text = ""
+        self._noted = False
         self._doing = ("", time.monotonic())
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
@@ -59,7 +60,7 @@ class ProgressLine:
             self._doing = (phase, time.monotonic())
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Show a step; without a terminal at most one line every few seconds, and the last."""
+        """Show a step; without a terminal at most one line every few seconds, none for a step that had one, and the last."""
         if not self._shown:
             return
         self._doing = ("", time.monotonic())
@@ -68,14 +69,18 @@ class ProgressLine:
             self._bar.update(self._task, completed=step, description=self._text)
             return
         now = datetime.now().astimezone()
-        if self._printed is None or (now - self._printed).total_seconds() >= LINE_SECONDS or step == self._total:
+        noted, self._noted = self._noted, False
+        due = self._printed is None or ((now - self._printed).total_seconds() >= LINE_SECONDS and not noted)
+        if due or step == self._total:
             self._printed = now
             self.note(f"step {step}/{self._total}  {self._text}")
+            self._noted = False
 
     def note(self, text: str) -> None:
         """Say something once."""
         if not self._shown:
             return
+        self._noted = True
         line = f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S} {text}"
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False)

@@ -17,6 +17,8 @@ from swiftv2.errors import SwiftError
 DIAGNOSIS = "diagnosis.json"
 _WORST = 8
 """Samples that an event names: those of the micro-batches with the largest losses."""
+_MOST_LINES = 3
+"""Clips that are named in the log one by one."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Refusals:
         """Let all ranks leave out what any of them found of no use, and write it down (collective).
 
         Returns:
-            The state, and a line for each clip.
+            The state, and a line for each clip, or one for many.
         """
         told = [fault for faults in gather(stream.faults(), self.world) for fault in faults]
         found = {one["clip"]: one for one in sorted(told, key=lambda one: -one["position"])}  # The first position counts.
@@ -42,6 +44,8 @@ class Refusals:
             if clip not in known:
                 self.run.event("quarantined", state.step, **fault)
                 lines.append(f"step {state.step}: a clip of run {fault.get('run', '')} is left out from here on")
+        if len(lines) > _MOST_LINES:
+            lines = [f"step {state.step}: {len(lines)} clips are left out from here on: events.jsonl says which"]
         stream.exclude([Exclusion(fault["clip"], fault["position"]) for fault in found.values()])
         return replace(state, exclusions=stream.exclusions), lines
 

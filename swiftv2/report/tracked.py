@@ -47,7 +47,7 @@ def read_neptune(folder: Path) -> Offline:
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
             try:
                 row = json.loads(line)
-                rows.append((float(row["at"]), row["obj"]))
+                rows.append((float(row["at"]), dict(row["obj"])))
             except (ValueError, KeyError, TypeError):
                 damaged.append(f"{path}: line {number} is damaged")
     for _, operation in sorted(rows, key=lambda one: one[0]):

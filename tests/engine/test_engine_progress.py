@@ -9,7 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import environment, worker
+
+from swiftv2.engine import progress
+from swiftv2.engine.launch import World
 
 pytestmark = pytest.mark.slow
 
@@ -65,3 +69,22 @@ def test_in_a_log_one_rank_writes_plain_lines_with_time_stamps(tmp_path: Path) -
     told = [line for line in lines if "evaluating for" in line]
     assert 2 <= len(told) <= 4, "after one second, then ever more rarely, in both evaluations"
     assert sum("saving a checkpoint for" in line for line in lines) >= 2, "the first and the last"
+
+
+def test_a_step_that_had_a_line_gets_no_second_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    values = {
+        "loss": 1.0,
+        "learning_rate": 1e-3,
+        "gradient_norm": 1.0,
+        "clips_per_second": 1.0,
+        "data_wait": 0.0,
+        "seconds_left": 1.0,
+    }
+    shown = progress.ProgressLine(World(0, 1, 0, 1, torch.device("cpu")), 0, 4)
+    for step in range(1, 5):
+        if step in {2, 4}:
+            shown.note(f"step {step} refused")
+        shown.update(step, values)
+    told = [line.split(" ", 2)[2].split("  ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert told == ["step 1/4", "step 2 refused", "step 3/4", "step 4 refused", "step 4/4"]

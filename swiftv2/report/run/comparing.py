@@ -45,7 +45,7 @@ def comparing_section(runs: Sequence[Run]) -> Element:
         "training loss",
         "held-out loss",
         "R2 (95 % interval)",
-        "beyond copying",
+        "learned",
         "healthy",
         "clips/s",
         "device-hours",

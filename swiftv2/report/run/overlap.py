@@ -17,17 +17,36 @@ class Check(NamedTuple):
     sign: str
     says: str
 
+    @property
+    def failed(self) -> bool:
+        """Whether it found a leak."""
+        return self.sign == _FAILED
 
+    @property
+    def unknown(self) -> bool:
+        """Whether it could not be made."""
+        return self.sign == _UNKNOWN
+
+
+SEEN = "subjects that the weights were trained on"
 _PASSED, _FAILED, _UNKNOWN = "\u2713 passed", "\u2715 failed", "? not known"
+
+
+def checks_of(run: Run) -> list[Check]:
+    """Of the data sheet and of the result; empty for runs that wrote neither.
+
+    Raises:
+        SwiftError: a file is damaged.
+    """
+    return [*_parts(run.document(FILE)), *_pretraining(run)]
 
 
 def overlap_section(run: Run) -> Element | None:
     """The checks as a table; None for runs that wrote neither a data sheet nor a result."""
-    checks = [*_parts(run.document(FILE)), *_pretraining(run)]
+    checks = checks_of(run)
     if not checks:
         return None
-    failed = sum(check.sign == _FAILED for check in checks)
-    unknown = sum(check.sign == _UNKNOWN for check in checks)
+    failed, unknown = sum(check.failed for check in checks), sum(check.unknown for check in checks)
     says = f"{counted(failed, 'check')} failed: held-out scores are not to be believed." if failed else "No leak was found."
     says += f" {counted(unknown, 'check')} could not be made." if unknown else ""
     table = tabled(("check", "", "what was found"), [list(check) for check in checks], label="overlap and leakage checks")
@@ -59,7 +78,7 @@ def _pretraining(run: Run) -> list[Check]:
     result = run.document("result.json")
     if result is None or "overlap" not in result:
         return []
-    what, found = "subjects that the weights were trained on", result["overlap"]
+    what, found = SEEN, result["overlap"]
     if found is None:
         return [Check(what, _PASSED, "the encoder was not pretrained")]
     if not found["known"]:

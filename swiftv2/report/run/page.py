@@ -1,9 +1,10 @@
 """The page of one run or of several: a single file that works without a network."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from xml.etree.ElementTree import Element
 
-from swiftv2.errors import SwiftError
 from swiftv2.report.markup import Content, document, element, warned
 from swiftv2.report.profile import profile_section
 from swiftv2.report.run import charts
@@ -15,14 +16,12 @@ from swiftv2.report.run.heldout import heldout_section
 from swiftv2.report.run.overlap import overlap_section
 from swiftv2.report.run.pictures import pictures_section
 from swiftv2.report.run.provenance import provenance_section
-from swiftv2.report.run.reading import Run
-from swiftv2.report.run.sharing import hide
+from swiftv2.report.run.reading import UNREADABLE, Run, why_not
+from swiftv2.report.run.sharing import hide, shareable
 from swiftv2.report.run.throughput import throughput_section
 from swiftv2.report.run.timeline import timeline_section
 from swiftv2.report.run.verdict import shown, verdicts
 from swiftv2.report.run.words import counted, moment
-
-Section = Callable[[Run], Element | None]
 
 STYLE = """
 body { max-width: 64rem; padding: 1.2rem clamp(.8rem, 3vw, 2rem) 4rem; }
@@ -72,10 +71,11 @@ def page(runs: Sequence[Run], now: float, *, share: bool = False) -> bytes:
     Returns:
         HTML in UTF-8 that fetches nothing.
     """
-    body = _single(runs[0], now) if len(runs) == 1 else _several(runs, now)
+    told = shareable(runs) if share else runs
+    body = _single(told[0], now) if len(told) == 1 else _several(told, now)
+    title = f"{told[0].name} \u2013 run" if len(told) == 1 else f"{counted(len(told), 'run')} side by side"
     if share:
-        hide([one for one in body if isinstance(one, Element)], runs)
-    title = f"{runs[0].name} \u2013 run" if len(runs) == 1 else f"{counted(len(runs), 'run')} side by side"
+        title = hide([one for one in body if isinstance(one, Element)], runs)(title)
     return document(title, body, style=charts.STYLE + STYLE, scripts=charts.scripts())
 
 
@@ -87,7 +87,9 @@ def _single(run: Run, now: float) -> list[Content]:
 
 def _several(runs: Sequence[Run], now: float) -> list[Content]:
     header = element("header", element("h1", f"{counted(len(runs), 'run')} side by side"))
-    common = [one for one in (comparing_section(runs), curves_section(runs), throughput_section(runs)) if one is not None]
+    drawn = {"comparing": comparing_section, "curves": curves_section, "throughput": throughput_section}
+    made = [_guarded(name, partial(section, runs), "one of the runs") for name, section in drawn.items()]
+    common = [one for one in made if one is not None]
     own: list[Element] = []
     for place, run in enumerate(runs):
         sections = [one for one in _sections(run, alone=False) if one is not None]
@@ -100,30 +102,27 @@ def _several(runs: Sequence[Run], now: float) -> list[Content]:
 
 def _sections(run: Run, *, alone: bool) -> list[Element | None]:
     """Of one run, top down; what is drawn for all runs together is not drawn again."""
-    return [
-        _guarded(heldout_section, run),
-        _guarded(pictures_section, run),
-        curves_section([run]) if alone else None,
-        throughput_section([run]),
-        _guarded(profile_section, run),
-        _guarded(datasheet_section, run),
-        _guarded(overlap_section, run),
-        _guarded(downstream_section, run),
-        _guarded(timeline_section, run),
-        _guarded(provenance_section, run),
-    ]
+    sections: dict[str, Callable[[], Element | None]] = {
+        "heldout": lambda: heldout_section(run),
+        "pictures": lambda: pictures_section(run),
+        "curves": lambda: curves_section([run]) if alone else None,
+        "throughput": lambda: throughput_section([run]),
+        "profile": lambda: profile_section(run),
+        "datasheet": lambda: datasheet_section(run),
+        "overlap": lambda: overlap_section(run),
+        "downstream": lambda: downstream_section(run),
+        "timeline": lambda: timeline_section(run),
+        "provenance": lambda: provenance_section(run),
+    }
+    return [_guarded(name, made, run.path) for name, made in sections.items()]
 
 
-def _guarded(made: Section, run: Run) -> Element | None:
+def _guarded(name: str, made: Callable[[], Element | None], where: Path | str) -> Element | None:
     """A section, or a box that says what it could not be made from: the rest of the page is worth having."""
     try:
-        return made(run)
-    except SwiftError as error:
-        return warned("A part of the page cannot be made", [str(error)])
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        name = made.__name__.removesuffix("_section")
-        why = f"{name}: a file in {run.path} does not hold what it should ({type(error).__name__}: {error})"
-        return warned("A part of the page cannot be made", [why])
+        return made()
+    except UNREADABLE as error:
+        return warned("A part of the page cannot be made", [why_not(name, error, where)])
 
 
 def _status(run: Run) -> str:

@@ -1,6 +1,7 @@
 """What ran: settings against their preset, code, packages, machines, attempts, and the commands to do it again."""
 
 import shlex
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,8 @@ from swiftv2.config.finetune import FinetuneConfig
 from swiftv2.config.load import describe, dump, load, presets_root
 from swiftv2.config.pretrain import PretrainConfig
 from swiftv2.errors import SwiftError
-from swiftv2.report.markup import Cell, Content, element, tabled
-from swiftv2.report.run.reading import Run
+from swiftv2.report.markup import Cell, Content, element, tabled, warned
+from swiftv2.report.run.reading import UNREADABLE, Run, why_not
 from swiftv2.report.run.words import counted, facts, listing, moment, section
 from swiftv2.report.tracked import missing, read_neptune
 
@@ -44,7 +45,11 @@ def provenance_section(run: Run) -> Element:
     parts += [element("h3", "Code and machines"), facts(_machines(run))]
     attempts = _attempts(run)
     parts += [attempts] if attempts is not None else []
-    parts += _trackers(run)
+    for name, made in (("trackers", _trackers), ("Neptune's files", _neptune)):
+        try:
+            parts += made(run)
+        except UNREADABLE as error:
+            parts.append(warned("What trackers have cannot be told", [why_not(name, error, run.path)]))
     parts += _commands(run)
     settings = yaml.safe_dump(dict(run.settings), sort_keys=False) if run.settings else "config.yaml cannot be read\n"
     parts.append(element("details", element("summary", "The whole configuration"), element("pre", settings, tabindex="0")))
@@ -210,7 +215,7 @@ def _trackers(run: Run) -> list[Element]:
         rows.append([name, str(get("mode", "")), *numbers, str(get("problem") or "")])
     table = tabled(("tracker", "mode", "sent", "dropped", "errors", "last problem"), rows, label="trackers")
     note = element("p", "The run calls itself ", element("code", str((told or {}).get("id", ""))), " there.", kind="quiet")
-    return [element("h3", "Trackers"), note, table, *_neptune(run)]
+    return [element("h3", "Trackers"), note, table]
 
 
 def _neptune(run: Run) -> list[Element]:
@@ -233,17 +238,19 @@ def _neptune(run: Run) -> list[Element]:
 
 def _commands(run: Run) -> list[Content]:
     script = _script(run)
+    # Names of runs on one page may differ in signs alone that no id can have.
+    mark = f"{zlib.crc32(str(run.path).encode()):08x}"
     parts: list[Content] = [element("h3", "The same again")]
     fresh = fresh_command(run, script)
     if fresh is not None:
         git = run.environment.get("git")
         changed = isinstance(git, Mapping) and git.get("changed")
         note = "The code had changes that were not committed: it cannot be had back exactly. " if changed else ""
-        parts += [element("p", f"{note}From the beginning, in a new run directory:"), *copied(f"fresh-{run.name}", fresh)]
+        parts += [element("p", f"{note}From the beginning, in a new run directory:"), *copied(f"fresh-{mark}", fresh)]
     if script is not None:
         parts += [
             element("p", "To go on with this run (", element("code", "resume.sh"), "):"),
-            *copied(f"resume-{run.name}", script),
+            *copied(f"resume-{mark}", script),
         ]
     if fresh is None and script is None:
         parts.append(element("p", "Neither resume.sh nor environment.json can be read, so the command is not known."))

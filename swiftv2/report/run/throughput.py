@@ -24,7 +24,11 @@ PHASES = {
 }
 _MOST_STRETCHES = 300
 _SPEED = Curve(
-    "clips_per_second", "Clips per second", "clips/s", "Over all ranks. Dips are saves, evaluations or waits for data.", True
+    "clips_per_second",
+    "Clips per second",
+    "clips/s",
+    "Over all ranks, outages of the store left out. Dips are waits for data or for a slow rank.",
+    True,
 )
 _AVERAGES = (
     ("clips_per_second", "clips per second", "", 1.0),

@@ -162,7 +162,7 @@ def _detail(row: Row) -> str:
         if kind == "epoch":
             return f"epoch {row['epoch']}: " + ", ".join(f"{name} {count:,} clips" for name, count in row["samples"].items())
         if kind == "data":
-            return f"{counted(int(get('runs', 0)), 'run')} of store version {get('store_version')}"
+            return f"trains on {counted(int(get('runs', 0)), 'run')} of store version {get('store_version')}"
     except (TypeError, KeyError, ValueError, AttributeError):
         pass
     rest = {key: value for key, value in row.items() if key not in _HIDDEN and value not in (None, [], {}, "")}

@@ -2,16 +2,18 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from xml.etree.ElementTree import Element
 
 import numpy as np
 
 from swiftv2.errors import SwiftError
+from swiftv2.records import NO_FAULT
 from swiftv2.report.markup import element, listed
-from swiftv2.report.run.reading import Run
+from swiftv2.report.run.overlap import SEEN, checks_of
+from swiftv2.report.run.reading import UNREADABLE, Run, why_not
 from swiftv2.report.run.words import counted, duration, listing, method
 
 Mark = Literal["good", "look", "bad", "unknown"]
@@ -23,6 +25,7 @@ _TAIL = 0.2
 """Share of the steps that are compared with as many before them, to tell whether the loss still falls."""
 _FEWEST = 10
 """Steps of each share below which that is not told."""
+_HEALTH, _RESUMES = "Is it healthy?", "Does it resume?"
 _CLEAR = 2.0
 """Standard errors by which means of the loss must differ."""
 
@@ -48,7 +51,15 @@ class Verdict:
 
 def verdicts(run: Run) -> list[Verdict]:
     """The three answers, top of the page."""
-    return [learned(run), health(run), resumes(run)]
+    asked = {_learning(run): learned, _HEALTH: health, _RESUMES: resumes}
+    return [_answered(asks, answer, run) for asks, answer in asked.items()]
+
+
+def _answered(asks: str, answer: Callable[[Run], Verdict], run: Run) -> Verdict:
+    try:
+        return answer(run)
+    except UNREADABLE as error:
+        return Verdict(asks, "unknown", "cannot be told", _sentence(why_not("It", error, run.path)))
 
 
 def shown(answers: list[Verdict]) -> Element:
@@ -71,15 +82,41 @@ def better_baseline(group: Mapping[str, Any]) -> str | None:
 
 
 def _mean(estimate: Any) -> float | None:
-    return estimate.get("mean") if isinstance(estimate, Mapping) else None
+    mean = estimate.get("mean") if isinstance(estimate, Mapping) else None
+    return mean if isinstance(mean, int | float) and math.isfinite(mean) else None
 
 
 def learned(run: Run) -> Verdict:
     """Whether held-out fluctuation is explained better than by copying, by the intervals of the last evaluation."""
-    if (run.path / "result.json").is_file() or "task" in run.settings:
-        return _finetuned(run)
-    asks = "Has it learned beyond copying?"
+    answer = _finetuned(run) if _is_finetuned(run) else _pretrained(run)
+    try:
+        checks = checks_of(run)
+    except UNREADABLE as error:
+        why = f"Leaks cannot be looked for: {_sentence(why_not('data sheet or result', error, run.path))}"
+        return replace(answer, mark="unknown" if answer.mark == "good" else answer.mark, notes=(*answer.notes, why))
+    unknown = tuple(f"Not known: {check.what}." for check in checks if check.unknown and check.what == SEEN)
+    leaks = [f"{check.what}: {check.says}" for check in checks if check.failed]
+    notes = (*answer.notes, *unknown)
+    if leaks and answer.word not in {"cannot be told", "still training"}:
+        says = f"There are leaks ({'; '.join(leaks)}). {answer.says}"
+        return replace(answer, mark="bad", word="cannot be believed", says=says, notes=notes)
+    return replace(answer, notes=(*(_sentence(f"A leak: {leak}") for leak in leaks), *notes))
+
+
+def _is_finetuned(run: Run) -> bool:
+    return (run.path / "result.json").is_file() or "task" in run.settings
+
+
+def _learning(run: Run) -> str:
+    return "Has it learned the task?" if _is_finetuned(run) else "Has it learned beyond copying?"
+
+
+def _pretrained(run: Run) -> Verdict:
+    asks = _learning(run)
     evaluation = run.evaluation
+    if evaluation is None and run.series("heldout/loss")[0]:
+        says = "It has been judged on held-out subjects, but evaluation.json is missing or cannot be read."
+        return Verdict(asks, "unknown", "cannot be told", says)
     if evaluation is None:
         every = run.setting("train.evaluate_every")
         when = f" The first evaluation comes at step {every}." if every else ""
@@ -93,7 +130,7 @@ def learned(run: Run) -> Verdict:
 
 def _judged(asks: str, evaluation: Mapping[str, Any], group: Mapping[str, Any]) -> Verdict:
     own, best = group["methods"]["model"]["r2"], better_baseline(group)
-    if own is None or best is None:
+    if own is None or best is None or _mean(own) is None:
         return Verdict(asks, "unknown", "cannot be told", "No held-out subject fluctuates, so there is no R2 to compare.")
     gain, baseline = group["r2_gain"].get(best), group["methods"][best]["r2"]["mean"]
     step, subjects = evaluation.get("step"), int(group.get("subjects", 0))
@@ -109,6 +146,8 @@ def _judged(asks: str, evaluation: Mapping[str, Any], group: Mapping[str, Any]) 
         return Verdict(asks, "bad", "no", f"{figures} The baseline does better.", notes)
     if gain["low"] > 0 and own["low"] > 0:
         return Verdict(asks, "good", "yes", figures, notes)
+    if gain["low"] > 0 and own["high"] < 0:
+        return Verdict(asks, "look", "not yet", f"{figures} It does better than the baseline, but explains nothing.", notes)
     if gain["low"] > 0:
         says = f"{figures} It does better than the baseline, but is not sure to explain any fluctuation: R2 may be 0."
         return Verdict(asks, "look", "not yet", says, notes)
@@ -145,33 +184,40 @@ def _beats(group: Mapping[str, Any]) -> bool:
 
 
 def _finetuned(run: Run) -> Verdict:
-    asks = "Has it learned the task?"
+    asks = _learning(run)
     steps, values = run.series("val/select")
-    if not values:
+    done = (run.path / "result.json").is_file()
+    if not values and not done:
         every = run.setting("train.evaluate_every")
         when = f" The first look comes at step {every}." if every else ""
         return Verdict(asks, "unknown", "cannot be told", f"It has not been judged on validation subjects yet.{when}")
-    best = min(range(len(values)), key=values.__getitem__)
-    says = f"On validation subjects step {steps[best]:,} of {steps[-1]:,} is the best so far."
-    if not (run.path / "result.json").is_file():
+    best = min(range(len(values)), key=values.__getitem__, default=0)
+    says = f"On validation subjects step {steps[best]:,} of {steps[-1]:,} is the best so far." if values else ""
+    if not done:
         return Verdict(asks, "unknown", "still training", f"{says} Test subjects are predicted once, at the end.")
     try:
         result = run.document("result.json") or {}
         told = [_beyond_chance(name, target) for name, target in result["targets"].items()]
+        undefined = [text for text, _ in told if text.endswith(_UNDEFINED)]
+        told = [one for one in told if one[0] not in undefined] or told
         seen = (result.get("overlap") or {}).get("counted") or 0
     except (SwiftError, KeyError, TypeError, AttributeError):
-        return Verdict(asks, "unknown", "cannot be told", f"{says} Its result cannot be read.")
+        return Verdict(asks, "unknown", "cannot be told", f"{says} Its result cannot be read.".strip())
     figures = "; ".join(text for text, _ in told)
+    notes = tuple(f"{text}." for text in undefined)
     if seen:
         leak = f"The weights were trained on {counted(int(seen), 'judged subject')}, so the scores flatter."
-        return Verdict(asks, "bad", "cannot be believed", f"{leak} {figures}.")
+        return Verdict(asks, "bad", "cannot be believed", f"{leak} {figures}.", notes)
     beyond = [sure for _, sure in told]
     if any(sure is None for sure in beyond):
-        return Verdict(asks, "unknown", "cannot be told", f"{figures}. Without an interval nothing is shown.")
+        return Verdict(asks, "unknown", "cannot be told", f"{figures}. Without an interval nothing is shown.", notes)
     if all(beyond):
-        return Verdict(asks, "good", "yes", f"{figures}: beyond chance.")
+        return Verdict(asks, "good", "yes", f"{figures}: beyond chance.", notes)
     word = "in part" if any(beyond) else "not shown"
-    return Verdict(asks, "look", word, f"{figures}. An interval that holds chance shows nothing.")
+    return Verdict(asks, "look", word, f"{figures}. An interval that holds chance shows nothing.", notes)
+
+
+_UNDEFINED = " is not defined"
 
 
 def _beyond_chance(name: str, target: Mapping[str, Any]) -> tuple[str, bool | None]:
@@ -187,6 +233,8 @@ def _beyond_chance(name: str, target: Mapping[str, Any]) -> tuple[str, bool | No
         return f"{name}: no metric that has a chance level", None
     found, chance = metrics[metric], chances[metric]
     where = "test" if part == "test" else "validation"
+    if found["value"] is None:
+        return f"{name}: {metric.replace('_', ' ')} on {where} subjects{_UNDEFINED}", None
     text = f"{name}: {metric.replace('_', ' ')} {found['value']:.3f} on {where} subjects, chance {chance:.3g}"
     if found.get("low") is None:
         return f"{text}, no interval", None
@@ -209,9 +257,9 @@ _LOOK = {
 
 def health(run: Run) -> Verdict:
     """What went wrong, what slows it down, and whether the loss still falls."""
-    asks = "Is it healthy?"
+    asks = _HEALTH
     notes: list[str] = [*(_broken(run)), *(f"Damaged: {line}." for line in run.damaged)]
-    found = Counter(str(event.get("event")) for event in run.events)
+    found = Counter(event["event"] for event in run.events if event.get("error") not in NO_FAULT)
     counts = [counted(found[kind], *words) for kind, words in {**_BAD, **_LOOK}.items() if found[kind]]
     notes += [f"{listing(counts)} so far; the time line below says when and why."] if counts else []
     notes += [*_left_out(run), *_slow(run), *_waiting(run)]
@@ -272,7 +320,8 @@ def _waiting(run: Run) -> list[str]:
 def waiting_share(run: Run) -> float | None:
     """Share of the time of the later half of its steps in which it waited for data; None where that is not known."""
     steps, phase = run.series("seconds/data")
-    _, whole = run.series("step_seconds")
+    _, whole = run.series("seconds/step")  # what all parts add up to, an outage of the store among them
+    whole = whole or run.series("step_seconds")[1]  # of a run that was made before there was the sum
     if steps and len(whole) == len(phase):
         half = len(steps) // 2
         total = sum(whole[half:])
@@ -299,7 +348,7 @@ def falling(run: Run) -> str:
 
 def resumes(run: Run) -> Verdict:
     """What would be lost if it were killed now, and what it has survived."""
-    asks = "Does it resume?"
+    asks = _RESUMES
     attempts = len(run.told("start"))
     survived = len(run.told("resumed"))
     notes = []
@@ -312,22 +361,34 @@ def resumes(run: Run) -> Verdict:
         notes.append("There is no resume.sh: give the command again by hand.")
     checkpoint = run.standing.get("checkpoint")
     state, last = run.standing.get("state"), run.last("step")
-    if state == "finished" or run.told("finished"):
+    ends = [event["event"] for event in run.events if event["event"] in {"start", "finished"}]
+    if state == "finished" or (state is None and ends[-1:] == ["finished"]):
         there = (
             f", and its last checkpoint, step {checkpoint['step']:,}, is whole" if checkpoint and checkpoint["whole"] else ""
         )
         mark: Mark = "good" if there else "look"
-        steps = f" all {last:,} steps" if last else ""
-        return Verdict(asks, mark, "it has finished", f"It made{steps}{there}. Raise train.max_steps to go on.", tuple(notes))
+        steps = f"It made all {last:,} steps" if last else "It has finished"
+        return Verdict(asks, mark, "it has finished", f"{steps}{there}. Raise train.max_steps to go on.", tuple(notes))
     if checkpoint is None:
         return Verdict(asks, "look", "not yet", "There is no checkpoint: a start would begin at step 0.", tuple(notes))
     lost = max(0, (last or 0) - checkpoint["step"])
     age = duration(float(checkpoint["age_seconds"]))
     if not checkpoint["whole"]:
         says = f"Its newest checkpoint, step {checkpoint['step']:,}, is damaged: {_sentence(str(checkpoint['problem']))}"
-        return Verdict(asks, "bad", "from an older one", f"{says} It goes on from the one before.", tuple(notes))
+        older = _older(run, checkpoint["step"])
+        if not older:
+            says = f"{says} There is no other: a start would begin at step 0."
+            return Verdict(asks, "bad", "no", says, tuple(notes))
+        says = f"{says} A start looks at those before it, the next is that of step {older[-1]:,}."
+        return Verdict(asks, "bad", "from an older one", says, tuple(notes))
     says = (
         f"Its newest checkpoint is whole: step {checkpoint['step']:,}, {age} old; {counted(lost, 'step')} would be done again."
     )
     how = {"running": " It is running.", "stopped": " It was stopped; resume.sh goes on.", "pending": " It waits in the queue."}
     return Verdict(asks, "good", "yes", says + how.get(str(state), ""), tuple(notes))
+
+
+def _older(run: Run, step: int) -> list[int]:
+    """Steps of finished checkpoints before one."""
+    names = (path.parent.name.removeprefix("step_") for path in (run.path / "checkpoints").glob("step_*/manifest.json"))
+    return sorted(int(name) for name in names if name.isdecimal() and int(name) < step)
