@@ -5,7 +5,7 @@
 Two generated cohorts of 320 subjects at 6 mm: one without labels, on which an encoder is pretrained, and one with traits, on
 which everything is judged, so that no subject who is judged was ever seen. Over ten folds: last-block fine-tuning and probes of
 the frozen encoder, against the same model from scratch, probes of an untrained encoder, functional connectivity, mean image,
-motion, covariates, brain mask, majority. Half an hour on two quiet cores; the same folder goes on
+motion, covariates, brain mask, majority. A quarter of an hour on two quiet cores; the same folder goes on
 where it stands. Another `--seed` is another population, on which nothing was chosen.
 """
 
