@@ -164,7 +164,8 @@ class Profile:
     def _begin_again(self) -> None:
         """Drop what was recorded: training went back, and comes to these steps once more."""
         steps = self._steps
-        self._stop()
+        with contextlib.suppress(RuntimeError):  # A profiler that does not stop loses its trace, not the run.
+            self._stop()
         self._steps, self._done = steps, {}
         self._note(
             f"train.profile={self._asked}: training went back before these steps: they are profiled when it is there again"

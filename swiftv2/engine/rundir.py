@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -153,6 +154,15 @@ class RunDirectory:
         self._append(
             "events.jsonl", {"step": None, "attempt": self.attempt, "time": time.time(), "event": kind, **values}, anyway=True
         )
+
+    def warn(self, kind: str, problem: str) -> None:
+        """Say in an event and on standard error what is missing beside training, which goes on all the same (rank 0)."""
+        if not self._writes:
+            return
+        with contextlib.suppress(SwiftError, OSError):
+            self.event(kind, problem=problem)
+        stamp = f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S}"
+        print(f"{stamp} {kind}: {problem}", file=sys.stderr, flush=True)  # noqa: T201 (where a person reads)
 
     def document(self, name: str, values: Mapping[str, Any]) -> None:
         """Write a JSON file of the run directory, whole (rank 0)."""

@@ -1,9 +1,7 @@
 """Pretraining: a store, a model and an engine put together."""
 
-import contextlib
 import os
-import sys
-from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -91,7 +89,7 @@ def pretrain(config: PretrainConfig) -> FitResult:
             names, rates = decay_names(objective), learning_rates(objective, config.model)
             parts = (config.engine, config.optimizer, objective, names, world, micro_batch, accumulation)
             backend = build_backend(*parts, rates)
-            heldout = HeldOut(config, data, objective, world, run.path, lambda problem: _tell(run, world, problem))
+            heldout = HeldOut(config, data, objective, world, run.path, partial(run.warn, "pictures"))
             result = fit(
                 backend=backend,
                 world=world,
@@ -233,15 +231,6 @@ def _peak_flops(config: PretrainConfig, world: World) -> float | None:
     if device is None:
         return None
     return world.size * (device.peak_bf16_flops if config.engine.precision == "bf16" else device.peak_fp32_flops)
-
-
-def _tell(run: RunDirectory, world: World, problem: str) -> None:
-    """Say what is missing beside training, which goes on (rank 0)."""
-    if world.rank != 0:
-        return
-    with contextlib.suppress(SwiftError, OSError):
-        run.event("pictures", problem=problem)
-    print(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S} {problem}", file=sys.stderr, flush=True)  # noqa: T201 (where a person reads)
 
 
 def _finish(run: RunDirectory) -> None:

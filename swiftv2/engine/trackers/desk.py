@@ -1,11 +1,10 @@
 """All trackers of a run: opened for an attempt, told each line of metrics, closed within a limit."""
 
 import contextlib
-import sys
 import time
 import uuid
 from collections.abc import Mapping
-from datetime import datetime
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -43,6 +42,7 @@ class Trackers:
     ) -> None:
         self._run, self._config = run, config
         self._couriers: list[Courier] = []
+        self._note = partial(run.warn, "tracker")
         if world.rank != 0 or not config.wanted:
             return
         run.tracker_id = _identity(run)
@@ -94,12 +94,6 @@ class Trackers:
         numbers = finite(values)
         for courier in self._couriers:
             courier.put(step, numbers)
-
-    def _note(self, text: str) -> None:
-        with contextlib.suppress(SwiftError, OSError):
-            self._run.event("tracker", problem=text)
-        stamp = f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S}"
-        print(f"{stamp} tracker {text}", file=sys.stderr, flush=True)  # noqa: T201 (where a person reads)
 
     def _document(self) -> None:
         values = {"id": self._run.tracker_id, "attempt": self._run.attempt, "trackers": self.counts()}
