@@ -65,7 +65,7 @@ def test_leaks_take_the_answer_back(tmp_path: Path) -> None:
 
 def test_a_damaged_data_sheet_leaves_no_clean_answer(tmp_path: Path) -> None:
     found = judged(tmp_path, learned, datasheet_json='{"leakage": ')
-    assert found.mark == "unknown"
+    assert (found.mark, found.word) == ("unknown", "cannot be told")
     assert "Leaks cannot be looked for" in found.notes[-1]
 
 

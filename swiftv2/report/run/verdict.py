@@ -93,11 +93,12 @@ def learned(run: Run) -> Verdict:
         checks = checks_of(run)
     except UNREADABLE as error:
         why = f"Leaks cannot be looked for: {_sentence(why_not('data sheet or result', error, run.path))}"
-        return replace(answer, mark="unknown" if answer.mark == "good" else answer.mark, notes=(*answer.notes, why))
+        answer = replace(answer, notes=(*answer.notes, why))
+        return replace(answer, mark="unknown", word="cannot be told") if answer.mark == "good" else answer
     unknown = tuple(f"Not known: {check.what}." for check in checks if check.unknown and check.what == SEEN)
     leaks = [f"{check.what}: {check.says}" for check in checks if check.failed]
     notes = (*answer.notes, *unknown)
-    if leaks and answer.word not in {"cannot be told", "still training"}:
+    if leaks and (run.evaluation is not None or (run.path / "result.json").is_file()):
         says = f"There are leaks ({'; '.join(leaks)}). {answer.says}"
         return replace(answer, mark="bad", word="cannot be believed", says=says, notes=notes)
     return replace(answer, notes=(*(_sentence(f"A leak: {leak}") for leak in leaks), *notes))
@@ -200,14 +201,10 @@ def _finetuned(run: Run) -> Verdict:
         told = [_beyond_chance(name, target) for name, target in result["targets"].items()]
         undefined = [text for text, _ in told if text.endswith(_UNDEFINED)]
         told = [one for one in told if one[0] not in undefined] or told
-        seen = (result.get("overlap") or {}).get("counted") or 0
     except (SwiftError, KeyError, TypeError, AttributeError):
         return Verdict(asks, "unknown", "cannot be told", f"{says} Its result cannot be read.".strip())
     figures = "; ".join(text for text, _ in told)
     notes = tuple(f"{text}." for text in undefined)
-    if seen:
-        leak = f"The weights were trained on {counted(int(seen), 'judged subject')}, so the scores flatter."
-        return Verdict(asks, "bad", "cannot be believed", f"{leak} {figures}.", notes)
     beyond = [sure for _, sure in told]
     if any(sure is None for sure in beyond):
         return Verdict(asks, "unknown", "cannot be told", f"{figures}. Without an interval nothing is shown.", notes)
